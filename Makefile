@@ -1,0 +1,41 @@
+# The two commands: `make` sets everything up and runs the default experiment; `make test` tests the repo.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: run test lint report lock clean help
+.DEFAULT_GOAL := run
+
+run: $(BIN)/.installed  ## install, then run what has changed of the pipeline (dvc repro), and show the report
+	dvc repro
+	@cat metrics/report.md
+
+test: $(BIN)/.installed  ## run the tests (offline, a few minutes)
+	pytest
+
+lint: $(BIN)/.installed  ## check style
+	ruff check .
+	ruff format --check .
+
+report: $(BIN)/.installed  ## the last run's report, and its metrics and params against the last commit
+	@cat metrics/report.md
+	@dvc params diff --md
+	@dvc metrics diff --md
+
+lock: $(BIN)/.installed  ## write requirements.txt anew from requirements.in
+	pip install --quiet pip-tools
+	pip-compile --quiet --strip-extras --no-header --no-emit-index-url --no-emit-find-links --no-annotate \
+		--output-file requirements.txt requirements.in
+	sed -i.bak 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.txt && rm requirements.txt.bak
+
+clean:  ## remove checkpoints and logs of earlier runs, and rendered plots
+	rm -rf models/scratch dvc_plots
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+$(BIN)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	@touch $@

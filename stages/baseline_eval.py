@@ -1,0 +1,38 @@
+"""Baseline evaluation: score one model as it is, before any training, on the test queries over the whole corpus.
+
+Usage   python stages/baseline_eval.py base|reference   (models.base or models.reference in params.yaml)
+Reads   data/prepared/{test,corpus}.jsonl
+Writes  metrics/<baseline>.json, data/rankings/<baseline>.jsonl
+"""
+
+import argparse
+
+from shared import records
+from shared.errors import run
+from shared.params import read_params
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("baseline", choices=["base", "reference"])
+    baseline = parser.parse_args().baseline
+    params = read_params()
+    test, corpus = records.read_split("test"), records.read_corpus()
+
+    # Ten seconds of imports: after the checks above, so that errors come at once.
+    from shared import encoders, retrieval
+
+    evaluator = retrieval.make_evaluator(test, corpus, params.evaluate.batch_size, "test")
+    model_name = params.models.base if baseline == "base" else params.models.reference
+    if model_name == "bm25":
+        metrics, rankings = retrieval.search_with_bm25(evaluator)
+    else:
+        metrics, rankings = retrieval.search_with_encoder(evaluator, encoders.load_encoder(model_name))
+
+    records.write_jsonl(records.RANKINGS / f"{baseline}.jsonl", rankings)
+    records.write_json(records.METRICS / f"{baseline}.json", metrics)
+    print(f"{model_name}: NDCG@10 {metrics['ndcg@10']:.4f}, MRR@10 {metrics['mrr@10']:.4f} on {len(test):,} queries")
+
+
+if __name__ == "__main__":
+    run(main)

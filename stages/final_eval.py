@@ -1,0 +1,95 @@
+"""Final evaluation: score the fine-tuned model as the baselines were, and report what training gained.
+
+Reads   models/finetuned, data/prepared/{test,corpus}.jsonl, metrics/{data,base,reference}.json, the data card
+Writes  metrics/finetuned.json, metrics/gain.json, metrics/report.md, data/rankings/finetuned.jsonl
+"""
+
+from typing import Any
+
+from tabulate import tabulate
+
+from shared import cards, records
+from shared.errors import InputError, run
+from shared.params import Params, read_params
+
+NAME = "models/finetuned"
+
+
+def main() -> None:
+    params = read_params()
+    card = cards.read_card(params.prepare.card)
+    test, corpus = records.read_split("test"), records.read_corpus()
+    data, base, reference = (records.read_metrics(name) for name in ("data", "base", "reference"))
+    if not records.FINETUNED.is_dir():
+        raise InputError(f"{NAME} is missing; `dvc repro train` trains it, or `dvc pull` brings a shared one")
+
+    # Ten seconds of imports: after the checks above, so that errors come at once.
+    from shared import encoders, retrieval
+
+    try:
+        model = encoders.load_folder(records.FINETUNED, NAME)
+    except InputError as error:
+        raise InputError(f"{error}\nIt is damaged: `dvc checkout --force` brings the last one back") from error
+    evaluator = retrieval.make_evaluator(test, corpus, params.evaluate.batch_size, "test")
+    finetuned, rankings = retrieval.search_with_encoder(evaluator, model)
+    gains = {metric: gain(base[metric], finetuned[metric]) for metric in finetuned}
+    report = write_report(params, card, data, base, reference, finetuned)
+
+    records.write_jsonl(records.RANKINGS / "finetuned.jsonl", rankings)
+    records.write_json(records.METRICS / "finetuned.json", finetuned)
+    records.write_json(records.METRICS / "gain.json", gains)
+    records.write_text(records.METRICS / "report.md", report)
+    print(report)
+
+
+def gain(before: float, after: float) -> dict[str, float | None]:
+    """`absolute` in the metric's own unit; `relative` to the base's score (0.1 is 10%), None where that is 0."""
+    absolute = round(after - before, records.DIGITS)
+    return {"absolute": absolute, "relative": round(absolute / before, records.DIGITS) if before else None}
+
+
+def write_report(
+    params: Params, card: cards.Card, data: dict[str, Any], base: dict, reference: dict, finetuned: dict
+) -> str:
+    """The result as a person reads it: one table, then what was run on what."""
+    models = [
+        ("base", params.models.base, base),
+        ("reference", params.models.reference, reference),
+        ("fine-tuned", f"{params.models.base}, fine-tuned", finetuned),
+    ]
+    table = tabulate(
+        [
+            [role, name, scores["mrr@10"], scores["ndcg@10"], change(base["ndcg@10"], scores["ndcg@10"], role)]
+            for role, name, scores in models
+        ],
+        headers=["", "model", "MRR@10", "NDCG@10", "change in NDCG@10"],
+        tablefmt="github",
+        floatfmt=".4f",
+    )
+    rows, train = data["rows"], params.train
+    arguments = "".join(f", {name} {value}" for name, value in train.arguments.items())
+    return f"""# Result
+
+{table}
+
+{rows["test"]:,} test queries over {data["passages"]:,} passages; change is against the base model.
+
+**Data** `{data["card"]}`: {card.title}. Revision {data["revision"]}; {rows["train"]:,} training, \
+{rows["validation"]:,} validation and {rows["test"]:,} test rows.
+Licence: {card.licence}. Source: {card.citation}.
+
+**Training** MultipleNegativesRankingLoss, learning rate {train.learning_rate:g}, {train.epochs:g} epoch(s), batch \
+{train.batch_size}, warm-up {train.warmup:g}, precision {train.precision}, seed {train.seed}{arguments}; the best of \
+{train.evaluations} checkpoint(s) on the validation rows.
+"""
+
+
+def change(before: float, after: float, role: str) -> str:
+    if role == "base":
+        return ""
+    relative = f" ({(after - before) / before:+.1%})" if before else ""
+    return f"{after - before:+.4f}{relative}"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,203 @@
+"""Prepare: from the source that a data card names to clean (anchor, positive) rows in three splits and one corpus.
+
+Reads   data/cards/<prepare.card>.yaml and what it names
+Writes  data/prepared/{train,validation,test,corpus}.jsonl, metrics/data.json
+"""
+
+import re
+from collections import Counter
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from shared import cards, records
+from shared.errors import InputError, run
+from shared.params import PrepareParams, nearest, read_params
+from shared.records import Row
+
+SPLITS = ("train", "validation", "test")
+
+
+def main() -> None:
+    params = read_params().prepare
+    card = cards.read_card(params.card)
+    source = cards.load(card)
+
+    check_columns(source)
+    rows, empty = clean_rows(source, params.drop_empty_rows)
+    rows, dropped = drop_rows(rows, card.max_word_overlap, drop_duplicates=params.merge_identical_passages)
+    assign_documents(rows, params.merge_identical_passages)
+    splits = split_rows(rows, params)
+    corpus = {row["document_id"]: row["positive"] for row in rows}
+
+    for split in SPLITS:
+        contract = [{field: row[field] for field in records.ROW_FIELDS} for row in splits[split]]
+        records.write_jsonl(records.PREPARED / f"{split}.jsonl", contract)
+    records.write_jsonl(records.PREPARED / "corpus.jsonl", ({"id": id, "text": text} for id, text in corpus.items()))
+    summary = {
+        "card": params.card,
+        "revision": source.revision,
+        "rows": {split: len(splits[split]) for split in SPLITS},
+        "passages": len(corpus),
+        "mean_words": {column: mean_words(rows, column) for column in ("anchor", "positive")},
+        "dropped_rows": {"empty": empty} | dropped,
+        "rows_sharing_a_passage": len(rows) - len({row["positive"] for row in rows}),
+        "rows_sharing_a_query": len(rows) - len({row["anchor"] for row in rows}),
+        "overlap": overlaps(splits),
+    }
+    records.write_json(records.METRICS / "data.json", summary)
+    sizes = ", ".join(f"{len(splits[split]):,} {split}" for split in SPLITS)
+    print(f"{card.title}: {sizes} rows; {len(corpus):,} passages; {empty + sum(dropped.values()):,} rows dropped")
+
+
+def check_columns(source: cards.Source) -> None:
+    """Every column that the card names is in every part of the source. Raises InputError."""
+    for part in source.parts:
+        there = sorted({name for row in part.rows for name in row})
+        if not part.rows:
+            raise InputError(f"{part.origin} has no rows")
+        for ours, theirs in source.columns.model_dump(exclude_none=True).items():
+            if theirs not in there:
+                raise InputError(f"{part.origin} has no column {theirs!r} for the {ours}{nearest(theirs, there)}")
+
+
+def clean_rows(source: cards.Source, drop_empty: bool) -> tuple[list[dict[str, Any]], int]:
+    """Rows {"id", "anchor", "positive", "split"} with clean texts and unique ids, and how many empty ones were dropped.
+
+    An id that stands in two splits would be two passages under one name: then every id gets its split's name in front.
+    Raises InputError for an empty text, a value that is no text, and an id that stands twice in one part.
+    """
+    columns, rows, empty = source.columns, [], 0
+    for part in source.parts:
+        places: dict[str, int] = {}
+        for number, raw in enumerate(part.rows, start=1):
+            place = f"{part.origin}, row {number}"
+            id = str(number) if columns.id is None else clean_text(raw.get(columns.id), columns.id, place)
+            anchor = clean_text(raw.get(columns.anchor), columns.anchor, place)
+            positive = clean_text(raw.get(columns.positive), columns.positive, place)
+            if not (id and anchor and positive):
+                if not drop_empty:
+                    column = columns.id if not id else columns.anchor if not anchor else columns.positive
+                    raise InputError(
+                        f"{place}: {column!r} is empty;"
+                        " mend the row, or drop all such rows with prepare.drop_empty_rows: true"
+                    )
+                empty += 1
+                continue
+            if id in places:
+                raise InputError(f"{place}: the id {id!r} stands in row {places[id]} already; ids must be unique")
+            places[id] = number
+            rows.append({"id": id, "anchor": anchor, "positive": positive, "split": part.split})
+    if len({row["id"] for row in rows}) < len(rows):
+        for row in rows:
+            row["id"] = f"{row['split']}/{row['id']}"
+    return rows, empty
+
+
+def clean_text(value: Any, column: str, place: str) -> str:
+    """One line of valid Unicode: white space and control characters become single spaces; None is empty."""
+    if value is None:
+        return ""
+    if isinstance(value, bool | float | list | dict | bytes) or not isinstance(value, str | int):
+        raise InputError(f"{place}: {column!r} holds {type(value).__name__} {value!r:.60}, where text is needed")
+    valid = str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", valid).strip()
+
+
+def drop_rows(rows: list[dict[str, Any]], max_word_overlap: float, drop_duplicates: bool) -> tuple[list, dict]:
+    """The rows to keep, and how many were dropped for which reason. Nothing is dropped between splits."""
+    kept, seen, dropped = [], set(), Counter(duplicate=0, word_overlap=0)
+    for row in rows:
+        pair = (row["split"], row["anchor"], row["positive"])
+        if drop_duplicates and pair in seen:
+            dropped["duplicate"] += 1
+        elif word_overlap(row["anchor"], row["positive"]) > max_word_overlap:
+            dropped["word_overlap"] += 1
+        else:
+            kept.append(row)
+        seen.add(pair)
+    return kept, dict(dropped)
+
+
+def word_overlap(query: str, passage: str) -> float:
+    """Share of the query's distinct words that stand in the passage, 0 to 1."""
+    query_words, passage_words = (set(re.findall(r"\w+", text.casefold())) for text in (query, passage))
+    return len(query_words & passage_words) / max(len(query_words), 1)
+
+
+def assign_documents(rows: list[dict[str, Any]], merge_identical: bool) -> None:
+    """Set each row's document_id: the id of the first row with the same passage, or else its own."""
+    first: dict[str, str] = {}
+    for row in rows:
+        row["document_id"] = first.setdefault(row["positive"], row["id"]) if merge_identical else row["id"]
+
+
+def split_rows(rows: list[dict[str, Any]], params: PrepareParams) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each split, in the source's order. Splits that the card brings are kept as they are.
+
+    A missing validation split is taken from train; without any, test is taken from all rows first. No passage and no
+    question is on both sides of a split made here. Raises InputError where a split is empty.
+    """
+    if rows and rows[0]["split"] is None:
+        assign_split(rows, None, "test", params.test_fraction, params.seed)
+        for row in rows:
+            row["split"] = row["split"] or "train"
+    if not any(row["split"] == "validation" for row in rows):
+        assign_split(rows, "train", "validation", params.validation_fraction, params.seed)
+    splits = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
+    for split in SPLITS:
+        if not splits[split]:
+            raise InputError(
+                f"the {split} split is empty: {len(rows)} usable rows in {len(set(group_ids(rows)))} groups that share"
+                f" no text are too few for prepare.{'test' if split == 'train' else split}_fraction; give more rows"
+            )
+    return splits
+
+
+def assign_split(rows: list[dict[str, Any]], from_split: str | None, to_split: str, fraction: float, seed: int) -> None:
+    """Move whole groups, in an order that the seed gives, until `fraction` of the rows in `from_split` has moved."""
+    candidates = [row for row in rows if row["split"] == from_split]
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for group, row in zip(group_ids(candidates), candidates, strict=True):
+        groups.setdefault(group, []).append(row)
+    space = round(fraction * len(candidates))
+    for group in np.random.default_rng(seed).permutation(list(groups)):
+        if len(groups[group]) <= space:
+            space -= len(groups[group])
+            for row in groups[group]:
+                row["split"] = to_split
+
+
+def group_ids(rows: list[dict[str, Any]]) -> list[int]:
+    """A group's number for each row: rows that share a passage or a query, directly or through others, are a group."""
+    nodes: dict[tuple[str, str], int] = {}
+    edges = [
+        [nodes.setdefault((column, row[column].casefold()), len(nodes)) for column in ("anchor", "positive")]
+        for row in rows
+    ]
+    queries, passages = np.array(edges).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(rows)), (queries, passages)), shape=(len(nodes), len(nodes)))
+    _, labels = connected_components(graph, directed=False)
+    return labels[queries].tolist()
+
+
+def overlaps(splits: dict[str, list[Row]]) -> dict[str, dict[str, int]]:
+    """For each two splits, how many distinct queries and passages stand in both."""
+    return {
+        f"{one}_{other}": {
+            plural: len({row[column] for row in splits[one]} & {row[column] for row in splits[other]})
+            for plural, column in (("queries", "anchor"), ("passages", "positive"))
+        }
+        for one, other in combinations(SPLITS, 2)
+    }
+
+
+def mean_words(rows: list[Row], column: str) -> float:
+    return round(float(np.mean([len(row[column].split()) for row in rows])), 2)
+
+
+if __name__ == "__main__":
+    run(main)

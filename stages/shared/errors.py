@@ -1,0 +1,46 @@
+"""Errors for people: one or two lines that say what is wrong, where, and what to do; no traceback; exit code 1."""
+
+import errno
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# safetensors (Rust) and torch.save (C++) report a full disk in words only, without an errno.
+DISK_FULL_WORDS = ("os error 28", "os error 122", "os error 27", "No space left", "file write failed", "unexpected pos")
+
+
+class InputError(Exception):
+    """Something that the person who started the run can mend; the message says what, where and how."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a stage's main(). What a person can mend ends in a short message; a bug keeps its traceback."""
+    stage = Path(sys.argv[0]).name
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"{stage}: {error}")
+    except KeyboardInterrupt:
+        print(f"{stage}: interrupted; `dvc repro` goes on from here", file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT, what a shell expects
+    except Exception as error:
+        if is_disk_full(error):
+            sys.exit(f"{stage}: the disk is full; nothing half-written was kept. Free some space, then `dvc repro`")
+        if isinstance(error, PermissionError):
+            sys.exit(f"{stage}: no permission to open {error.filename}; change its mode or owner, then `dvc repro`")
+        raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    return any(
+        getattr(link, "errno", None) in DISK_FULL or any(words in str(link) for words in DISK_FULL_WORDS)
+        for link in causes(error)
+    )
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error itself and, from newest to oldest, those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

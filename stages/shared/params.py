@@ -1,0 +1,138 @@
+"""params.yaml, read once and checked whole: every name, type and range, before any work is done.
+
+The YAML is read by ruamel.yaml, since `dvc exp run -S train.learning_rate=3e-5` writes `3e-05`, which is a float
+in YAML 1.2 (ruamel.yaml, and DVC itself) and a string to PyYAML.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from shared.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+PARAMS_FILE = ROOT / "params.yaml"
+
+
+class Settings(BaseModel):
+    """A section of a YAML file: unknown names are refused and nothing is converted ("3" is no number)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+SettingsType = TypeVar("SettingsType", bound=Settings)
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+
+
+class PrepareParams(Settings):
+    card: Annotated[str, Field(min_length=1)]
+    merge_identical_passages: bool
+    drop_empty_rows: bool
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)]
+    test_fraction: Annotated[float, Field(gt=0, lt=1)]
+    seed: Seed
+
+
+def check_model_name(name: str) -> str:
+    """See `shared.encoders.model_folder`, which turns the name into a folder."""
+    is_hub_name = name.count("/") == 1 and name.count("@") == 1 and all(name.replace("@", "/").split("/"))
+    if name == "bm25" or name.startswith(("./", "/")) or (name.startswith("package:") and name != "package:"):
+        return name
+    if is_hub_name:
+        return name
+    if name.count("/") == 1 and "@" not in name:
+        raise ValueError(f"a Hub model needs a revision: {name}@COMMIT (or, not repeatable, {name}@main)")
+    raise ValueError("a model is named org/name@revision, package:NAME, ./path or bm25")
+
+
+def check_trainable(name: str) -> str:
+    if name == "bm25":
+        raise ValueError("bm25 has no weights to fine-tune; it can be models.reference")
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(check_model_name)]
+
+
+class ModelsParams(Settings):
+    base: Annotated[ModelName, AfterValidator(check_trainable)]
+    reference: ModelName
+
+
+class EvaluateParams(Settings):
+    batch_size: Annotated[int, Field(ge=1, le=65536)]
+
+
+class TrainParams(Settings):
+    learning_rate: Annotated[float, Field(gt=0, lt=1)]
+    epochs: Annotated[float, Field(gt=0, le=1000)]
+    batch_size: Annotated[int, Field(ge=2, le=65536)]
+    warmup: Annotated[float, Field(ge=0, lt=1)]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    evaluations: Annotated[int, Field(ge=1, le=1000)]
+    checkpoints: Annotated[int, Field(ge=1, le=1000)]
+    seed: Seed
+    arguments: dict[str, Any]
+
+
+class Params(Settings):
+    prepare: PrepareParams
+    models: ModelsParams
+    evaluate: EvaluateParams
+    train: TrainParams
+
+
+def read_params() -> Params:
+    """The whole of params.yaml. Raises InputError, which names the param and what it may be."""
+    return read_settings(PARAMS_FILE, Params)
+
+
+def read_settings(path: Path, schema: type[SettingsType]) -> SettingsType:
+    """Read a YAML file and check it against `schema`. Raises InputError."""
+    name = path.relative_to(ROOT)
+    try:
+        settings = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{name} is missing; `git checkout -- {name}` brings it back") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise InputError(f"{name} is not valid YAML:{line} {getattr(error, 'problem', None) or error}") from None
+    try:
+        return schema.model_validate(settings)
+    except ValidationError as error:
+        raise InputError(f"{name}: {describe(error, schema)}") from None
+
+
+def describe(error: ValidationError, schema: type[Settings]) -> str:
+    """The first thing that is wrong, in one line; and how many more there are."""
+    first, *others = error.errors()
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    if first["type"] == "extra_forbidden":
+        what = f"{where} is unknown" + nearest(str(first["loc"][-1]), names_at(schema, first["loc"][:-1]))
+    elif first["type"] == "missing":
+        what = f"{where} is missing"
+    else:
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        value = "" if isinstance(first["input"], dict | Settings) else f" is {first['input']!r}"
+        what = f"{where}{value}: {message if first['type'] == 'value_error' else f'should be {message}'}"
+    return what + (f" (and {len(others)} more)" if others else "")
+
+
+def names_at(schema: type[Settings], location: tuple[int | str, ...]) -> list[str]:
+    """The names that are valid in the section at `location`."""
+    for part in location:
+        field = schema.model_fields.get(str(part))
+        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            schema = field.annotation
+    return list(schema.model_fields)
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """What may have been meant, as the end of an error message."""
+    match = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else f"; valid names: {', '.join(sorted(valid))}"

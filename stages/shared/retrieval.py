@@ -1,0 +1,83 @@
+"""Retrieval over the whole corpus, scored in one way for every model: base, reference, fine-tuned, and in training."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from tqdm import tqdm
+
+from shared.records import DIGITS, Row
+
+DEPTH = 100  # documents kept a query; MAP@100 is the deepest metric
+CUTOFFS = [1, 3, 5, 10]
+
+Ranking = dict[str, Any]  # {"query_id", "query", "results": [{"corpus_id", "score"}, ...]}, best first
+
+
+def make_evaluator(
+    rows: list[Row], corpus: dict[str, str], batch_size: int, name: str
+) -> InformationRetrievalEvaluator:
+    """Each row's anchor is a query, its document the one relevant passage, and the whole corpus is searched.
+
+    Called with a model, it returns the metrics as `<name>_<similarity>_ndcg@10` and so on.
+    """
+    return InformationRetrievalEvaluator(
+        queries={row["id"]: row["anchor"] for row in rows},
+        corpus=corpus,
+        relevant_docs={row["id"]: {row["document_id"]} for row in rows},
+        mrr_at_k=[10],
+        ndcg_at_k=[10],
+        accuracy_at_k=CUTOFFS,
+        precision_recall_at_k=CUTOFFS,
+        map_at_k=[DEPTH],
+        batch_size=batch_size,
+        show_progress_bar=True,
+        write_csv=False,
+        write_predictions=name == "test",
+        name=name,
+    )
+
+
+def search_with_encoder(
+    evaluator: InformationRetrievalEvaluator, model: SentenceTransformer
+) -> tuple[dict[str, float], list[Ranking]]:
+    """Metrics and, for each query, its `DEPTH` best documents; equal scores in the order of the corpus ids."""
+    with TemporaryDirectory() as folder:
+        scores = evaluator(model, output_path=folder)
+        (predictions,) = Path(folder).glob("*_predictions_*.jsonl")
+        rankings = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
+    return flat({key.rsplit("_", 1)[-1]: value for key, value in scores.items()}), rankings
+
+
+def search_with_bm25(evaluator: InformationRetrievalEvaluator) -> tuple[dict[str, float], list[Ranking]]:
+    """The same by BM25 (Lucene's variant, k1 1.5, b 0.75, English stop words and stemmer): no weights, no training.
+
+    A document that shares no word with the query is not retrieved, so a ranking may be shorter than `DEPTH`.
+    """
+    import bm25s
+    import Stemmer
+
+    options = {"stopwords": "en", "stemmer": Stemmer.Stemmer("english")}
+    index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
+    index.index(bm25s.tokenize(evaluator.corpus, **options))
+    query_tokens = bm25s.tokenize(evaluator.queries, return_ids=False, show_progress=False, **options)
+    id_order = evaluator.get_corpus_id_ranks().numpy()
+    rankings = []
+    for id, query, tokens in zip(
+        evaluator.queries_ids, evaluator.queries, tqdm(query_tokens, desc="BM25", unit="query"), strict=True
+    ):
+        scores = index.get_scores(tokens) if tokens else np.zeros(len(evaluator.corpus))
+        best = [i for i in np.lexsort((id_order, -scores))[:DEPTH] if scores[i] > 0]
+        results = [{"corpus_id": evaluator.corpus_ids[i], "score": float(scores[i])} for i in best]
+        rankings.append({"query_id": id, "query": query, "results": results})
+    by_name = evaluator.compute_metrics([ranking["results"] for ranking in rankings])
+    metrics = {name.replace("@k", f"@{k}"): value for name, by_k in by_name.items() for k, value in by_k.items()}
+    return flat(metrics), rankings
+
+
+def flat(scores: dict[str, Any]) -> dict[str, float]:
+    return {name: round(float(score), DIGITS) for name, score in scores.items()}

@@ -1,0 +1,232 @@
+"""Train: fine-tune the base model on (anchor, positive) pairs with in-batch negatives; validation rows choose.
+
+Reads   data/prepared/{train,validation,corpus}.jsonl, models.base
+Writes  models/finetuned, metrics/curves/{loss,validation}.csv
+        models/scratch/<fingerprint>/: checkpoints (until the run ends) and TensorBoard logs; nobody's output
+"""
+
+import csv
+import dataclasses
+import hashlib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared import records
+from shared.errors import InputError, run
+from shared.params import ROOT, Params, TrainParams, nearest, read_params
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+
+SCRATCH = ROOT / "models/scratch"
+CURVES = records.METRICS / "curves"
+METRIC = "ndcg@10"  # what chooses the checkpoint
+# The library's arguments that have a plain name in params.yaml.
+PLAIN_NAMES = {
+    "learning_rate": "learning_rate",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "warmup_steps": "warmup",
+    "warmup_ratio": "warmup",
+    "bf16": "precision",
+    "fp16": "precision",
+    "eval_steps": "evaluations",
+    "save_steps": "evaluations",
+    "save_total_limit": "checkpoints",
+    "seed": "seed",
+}
+
+
+def main() -> None:
+    params = read_params()
+    train, validation, corpus = records.read_split("train"), records.read_split("validation"), records.read_corpus()
+
+    # Ten seconds of imports: after the checks above, so that errors come at once.
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformerTrainer
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    from shared import encoders, retrieval
+
+    # 1. The model, and how good it is before training.
+    scratch = SCRATCH / fingerprint(params)
+    arguments = training_arguments(params.train, scratch)
+    model = encoders.load_encoder(params.models.base)
+    evaluator = retrieval.make_evaluator(validation, corpus, params.evaluate.batch_size, "validation")
+    score_name = f"validation_{model.similarity_fn_name}_{METRIC}"
+    score_before = evaluator(model)[score_name]
+    print(f"{params.models.base}: validation NDCG@10 {score_before:.4f} before training")
+
+    # 2. The data: the loss takes the first column as the query and every further column as a passage.
+    pairs = Dataset.from_list([{"anchor": row["anchor"], "positive": row["positive"]} for row in train])
+
+    # 3. Training, from the last whole checkpoint of this same run if it was cut.
+    arguments = dataclasses.replace(arguments, metric_for_best_model=f"eval_{score_name}", prompts=prompts(model))
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=pairs,
+        loss=MultipleNegativesRankingLoss(model),
+        evaluator=evaluator,
+        callbacks=[stop_on_nan()],
+    )
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(scratch))
+
+    # 4. The checkpoint that validation prefers becomes the model.
+    best = Path(trainer.state.best_model_checkpoint)
+    save_model(encoders.load_folder(best, best.name), scratch)
+    history = trainer.state.log_history
+    loss = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    scores = [(entry["step"], entry[f"eval_{score_name}"]) for entry in history if f"eval_{score_name}" in entry]
+    write_curve(CURVES / "loss.csv", "loss", loss)
+    write_curve(CURVES / "validation.csv", METRIC, [(0, score_before), *scores])
+    remove_checkpoints(scratch)
+    print(
+        f"models/finetuned: validation NDCG@10 {trainer.state.best_metric:.4f} at step {trainer.state.best_global_step}"
+    )
+
+
+def fingerprint(params: Params) -> str:
+    """Names all that the run depends on: params, data, code and versions. A checkpoint serves only the same run."""
+    code = [Path(__file__), *sorted((ROOT / "stages/shared").glob("*.py"))]
+    data = [records.PREPARED / f"{name}.jsonl" for name in ("train", "validation", "corpus")]
+    packages = ("torch", "transformers", "sentence-transformers", "accelerate", "datasets")
+    digest = hashlib.sha256()
+    digest.update(params.train.model_dump_json().encode())
+    digest.update(f"{params.models.base} {params.evaluate.batch_size}".encode())
+    digest.update(" ".join(f"{name}=={importlib.metadata.version(name)}" for name in packages).encode())
+    for path in code + data:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def training_arguments(train: TrainParams, scratch: Path) -> "SentenceTransformerTrainingArguments":
+    """The library's arguments: what params.yaml names, this pipeline's own, then train.arguments. Raises InputError."""
+    import torch
+    from sentence_transformers import SentenceTransformerTrainingArguments
+    from sentence_transformers.base.sampler import BatchSamplers
+
+    share = 1 / train.evaluations - 1e-9  # of all steps; below 1 also for one evaluation, since 1 would mean each step
+    fixed = {
+        "output_dir": str(scratch),
+        "learning_rate": train.learning_rate,
+        "num_train_epochs": train.epochs,
+        "per_device_train_batch_size": train.batch_size,
+        "warmup_steps": train.warmup,  # a float below 1 is a share of all steps
+        "seed": train.seed,
+        "eval_strategy": "steps",
+        "eval_steps": share,
+        "save_strategy": "steps",
+        "save_steps": share,
+        "save_total_limit": train.checkpoints,
+        "greater_is_better": True,
+        "logging_nan_inf_filter": False,  # it would hide what stop_on_nan looks for
+        "use_cpu": not torch.accelerator.is_available(),
+    } | choose_precision(train.precision)
+    open_to_change = {
+        "batch_sampler": BatchSamplers.NO_DUPLICATES,  # a passage twice in a batch would be its own negative
+        "logging_steps": 0.02,  # 50 points on the loss curve
+        "report_to": "tensorboard",
+    }
+    valid = {field.name for field in dataclasses.fields(SentenceTransformerTrainingArguments) if field.init}
+    own = fixed.keys() | PLAIN_NAMES.keys() | {"metric_for_best_model", "load_best_model_at_end", "prompts"}
+    for name in train.arguments:
+        where = f"params.yaml: train.arguments.{name}"
+        if name in PLAIN_NAMES:
+            raise InputError(f"{where}: set train.{PLAIN_NAMES[name]} instead")
+        if name in own or name.startswith(("push_to_hub", "hub_")):
+            raise InputError(f"{where} is the pipeline's own business and cannot be set")
+        if name not in valid:
+            raise InputError(
+                f"{where} is unknown to SentenceTransformerTrainingArguments{nearest(name, sorted(valid - own))}"
+            )
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(scratch / "tensorboard")
+    try:
+        return SentenceTransformerTrainingArguments(**fixed, **open_to_change | train.arguments)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"params.yaml: train.arguments: {error}".splitlines()[0]) from error
+
+
+def choose_precision(precision: str) -> dict[str, bool]:
+    """The library's flags. auto is bf16 on a GPU that has it, fp16 on an older one, else fp32. Raises InputError."""
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if precision == "auto":
+        precision = "fp32" if not has_cuda else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    if precision == "fp16" and not has_cuda:
+        raise InputError("params.yaml: train.precision is fp16, which needs a CUDA GPU, and there is none; take auto")
+    return {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+
+
+def prompts(model: "SentenceTransformer") -> dict[str, str]:
+    """The model's own prompts by column, so that it is trained as `encode_query` and `encode_document` will use it."""
+    document = next((model.prompts[name] for name in ("document", "passage", "corpus") if model.prompts.get(name)), "")
+    by_column = {"anchor": model.prompts.get("query", ""), "positive": document}
+    return {column: prompt for column, prompt in by_column.items() if prompt}
+
+
+def stop_on_nan():
+    from transformers import TrainerCallback
+
+    class StopOnNaN(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+            loss = logs.get("loss", logs.get("train_loss", 0.0))
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"the loss is {loss} at step {state.global_step}: training has diverged. Lower train.learning_rate,"
+                    " or take train.precision: fp32; if it is so at the first steps, models.base is damaged"
+                )
+
+    return StopOnNaN()
+
+
+def checkpoints(scratch: Path) -> list[Path]:
+    return sorted(scratch.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def last_whole_checkpoint(scratch: Path) -> str | None:
+    """The newest checkpoint whose last file was written; those after it are removed."""
+    for path in reversed(checkpoints(scratch)):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (FileNotFoundError, ValueError):
+            shutil.rmtree(path)
+            continue
+        print(f"going on from {path.relative_to(ROOT)}")
+        return str(path)
+    return None
+
+
+def remove_checkpoints(scratch: Path) -> None:
+    for path in checkpoints(scratch):
+        shutil.rmtree(path)
+
+
+def save_model(model: "SentenceTransformer", scratch: Path) -> None:
+    """models/finetuned, whole or not at all; the same weights give the same bytes."""
+    temporary = scratch / "model"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(str(temporary), create_model_card=False)  # a card would hold dates and random samples
+    for path in temporary.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes 0600, which a shared cache cannot serve
+    shutil.rmtree(records.FINETUNED, ignore_errors=True)
+    temporary.rename(records.FINETUNED)
+
+
+def write_curve(path: Path, column: str, points: list[tuple[int, float]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["step", column])
+    writer.writerows((step, round(value, records.DIGITS)) for step, value in points)
+    records.write_text(path, text.getvalue())
+
+
+if __name__ == "__main__":
+    run(main)
