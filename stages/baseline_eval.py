@@ -7,7 +7,7 @@ Writes  metrics/<baseline>.json, data/rankings/<baseline>.jsonl
 
 import argparse
 
-from shared import records
+from shared import records, sources
 from shared.errors import run
 from shared.params import read_params
 
@@ -17,17 +17,18 @@ def main() -> None:
     parser.add_argument("baseline", choices=["base", "reference"])
     baseline = parser.parse_args().baseline
     params = read_params()
+    model_name = params.models.base if baseline == "base" else params.models.reference
     test, corpus = records.read_split("test"), records.read_corpus()
+    folder = None if model_name == "bm25" else sources.model_folder(model_name)
 
     # Ten seconds of imports: after the checks above, so that errors come at once.
     from shared import encoders, retrieval
 
     evaluator = retrieval.make_evaluator(test, corpus, params.evaluate.batch_size, "test")
-    model_name = params.models.base if baseline == "base" else params.models.reference
-    if model_name == "bm25":
+    if folder is None:
         metrics, rankings = retrieval.search_with_bm25(evaluator)
     else:
-        metrics, rankings = retrieval.search_with_encoder(evaluator, encoders.load_encoder(model_name))
+        metrics, rankings = retrieval.search_with_encoder(evaluator, encoders.load_encoder(folder, model_name))
 
     records.write_jsonl(records.RANKINGS / f"{baseline}.jsonl", rankings)
     records.write_json(records.METRICS / f"{baseline}.json", metrics)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from shared import cards, records
+from shared import cards, records, sources
 from shared.errors import InputError, run
 from shared.params import Params, read_params
 
@@ -20,16 +20,17 @@ def main() -> None:
     card = cards.read_card(params.prepare.card)
     test, corpus = records.read_split("test"), records.read_corpus()
     data, base, reference = (records.read_metrics(name) for name in ("data", "base", "reference"))
-    if not records.FINETUNED.is_dir():
-        raise InputError(f"{NAME} is missing; `dvc repro train` trains it, or `dvc pull` brings a shared one")
-
-    # Ten seconds of imports: after the checks above, so that errors come at once.
-    from shared import encoders, retrieval
-
     try:
-        model = encoders.load_folder(records.FINETUNED, NAME)
+        sources.check_model(records.FINETUNED, NAME)
+
+        # Ten seconds of imports: after the checks above, so that errors come at once.
+        from shared import encoders, retrieval
+
+        model = encoders.load_encoder(records.FINETUNED, NAME)
     except InputError as error:
-        raise InputError(f"{error}\nIt is damaged: `dvc checkout --force` brings the last one back") from error
+        remedy = "`dvc checkout --force` brings the last one back, `dvc repro --force train` trains it again"
+        raise InputError(f"{error}\n{remedy}") from error
+
     evaluator = retrieval.make_evaluator(test, corpus, params.evaluate.batch_size, "test")
     finetuned, rankings = retrieval.search_with_encoder(evaluator, model)
     gains = {metric: gain(base[metric], finetuned[metric]) for metric in finetuned}

@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared import records
+from shared import records, sources
 from shared.errors import InputError, run
 from shared.params import ROOT, Params, TrainParams, nearest, read_params
 
@@ -46,6 +46,7 @@ PLAIN_NAMES = {
 def main() -> None:
     params = read_params()
     train, validation, corpus = records.read_split("train"), records.read_split("validation"), records.read_corpus()
+    folder = sources.model_folder(params.models.base)
 
     # Ten seconds of imports: after the checks above, so that errors come at once.
     from datasets import Dataset
@@ -57,7 +58,7 @@ def main() -> None:
     # 1. The model, and how good it is before training.
     scratch = SCRATCH / fingerprint(params)
     arguments = training_arguments(params.train, scratch)
-    model = encoders.load_encoder(params.models.base)
+    model = encoders.load_encoder(folder, params.models.base)
     evaluator = retrieval.make_evaluator(validation, corpus, params.evaluate.batch_size, "validation")
     score_name = f"validation_{model.similarity_fn_name}_{METRIC}"
     score_before = evaluator(model)[score_name]
@@ -74,13 +75,13 @@ def main() -> None:
         train_dataset=pairs,
         loss=MultipleNegativesRankingLoss(model),
         evaluator=evaluator,
-        callbacks=[stop_on_nan()],
+        callbacks=[watch()],
     )
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(scratch))
 
     # 4. The checkpoint that validation prefers becomes the model.
     best = Path(trainer.state.best_model_checkpoint)
-    save_model(encoders.load_folder(best, best.name), scratch)
+    save_model(encoders.load_encoder(best, best.name), scratch)
     history = trainer.state.log_history
     loss = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     scores = [(entry["step"], entry[f"eval_{score_name}"]) for entry in history if f"eval_{score_name}" in entry]
@@ -126,7 +127,7 @@ def training_arguments(train: TrainParams, scratch: Path) -> "SentenceTransforme
         "save_steps": share,
         "save_total_limit": train.checkpoints,
         "greater_is_better": True,
-        "logging_nan_inf_filter": False,  # it would hide what stop_on_nan looks for
+        "logging_nan_inf_filter": False,  # it would hide what the callback looks for
         "use_cpu": not torch.accelerator.is_available(),
     } | choose_precision(train.precision)
     open_to_change = {
@@ -172,10 +173,16 @@ def prompts(model: "SentenceTransformer") -> dict[str, str]:
     return {column: prompt for column, prompt in by_column.items() if prompt}
 
 
-def stop_on_nan():
+def watch():
+    """The trainer's callback of this pipeline."""
     from transformers import TrainerCallback
 
-    class StopOnNaN(TrainerCallback):
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            # A logged loss is the mean since the last log. Where that span crossed a checkpoint, a run that goes on
+            # from it would know only a part, and write another curve than an undisturbed run.
+            control.should_log |= control.should_save
+
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
             loss = logs.get("loss", logs.get("train_loss", 0.0))
             if not math.isfinite(loss):
@@ -184,7 +191,7 @@ def stop_on_nan():
                     " or take train.precision: fp32; if it is so at the first steps, models.base is damaged"
                 )
 
-    return StopOnNaN()
+    return Watch()
 
 
 def checkpoints(scratch: Path) -> list[Path]:

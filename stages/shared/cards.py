@@ -9,16 +9,25 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, RootModel, model_validator
+from pydantic import AfterValidator, Field
 
 from shared.errors import InputError
-from shared.params import ROOT, Settings, nearest, read_settings
+from shared.params import ROOT, Settings, check_settings, nearest, read_yaml
 from shared.sources import first_line, hub_error, installed, resolve_path
 
 CARDS = ROOT / "data/cards"
 WATCHED_DATA = ROOT / "data/raw"  # the one folder of users' files that dvc.yaml declares as a dependency
-Split = Literal["train", "validation", "test"]
 Text = Annotated[str, Field(min_length=1)]
+Split = Literal["train", "validation", "test"]
+
+
+def check_own_splits(parts: str | dict[Split, str]) -> str | dict[Split, str]:
+    if isinstance(parts, dict) and not {"train", "test"} <= parts.keys():
+        raise ValueError("a card that brings its own splits needs train and test (validation is optional)")
+    return parts
+
+
+OneOrSplits = Annotated[Text | dict[Split, Text], AfterValidator(check_own_splits)]
 
 
 class Columns(Settings):
@@ -45,7 +54,7 @@ class HubCard(Card):
     dataset: Text
     config: Text | None = None
     revision: Text
-    split: Text | dict[Split, Text]
+    split: OneOrSplits
     columns: Columns
 
 
@@ -53,7 +62,7 @@ class FilesCard(Card):
     """One's own JSONL, JSON, CSV or Parquet; `path` is one file, to be divided, or a mapping from split to file."""
 
     source: Literal["files"]
-    path: Text | dict[Split, Text]
+    path: OneOrSplits
     columns: Columns
 
 
@@ -67,13 +76,7 @@ class OboCard(Card):
     synonym_type: Text
 
 
-class AnyCard(RootModel[Annotated[HubCard | FilesCard | OboCard, Field(discriminator="source")]]):
-    @model_validator(mode="after")
-    def own_splits_are_complete(self) -> "AnyCard":
-        parts = getattr(self.root, "split", None) or getattr(self.root, "path", None)
-        if isinstance(parts, dict) and not {"train", "test"} <= parts.keys():
-            raise ValueError("a card that brings its own splits needs train and test (validation is optional)")
-        return self
+SOURCES = {"hub": HubCard, "files": FilesCard, "obo": OboCard}
 
 
 class Part(NamedTuple):
@@ -96,7 +99,11 @@ def read_card(name: str) -> HubCard | FilesCard | OboCard:
     known = sorted(card.stem for card in CARDS.glob("*.yaml"))
     if name not in known:
         raise InputError(f"params.yaml: prepare.card: there is no data/cards/{name}.yaml{nearest(name, known)}")
-    return read_settings(path, AnyCard).root
+    settings = read_yaml(path)
+    source = settings.get("source")
+    if source not in SOURCES:
+        raise InputError(f"data/cards/{name}.yaml: source is {source!r}: should be one of {', '.join(SOURCES)}")
+    return check_settings(settings, SOURCES[source], path)
 
 
 def load(card: HubCard | FilesCard | OboCard) -> Source:

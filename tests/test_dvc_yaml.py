@@ -1,0 +1,54 @@
+"""What dvc.yaml and dvc.lock say is true: stages declare what they import; the committed run is of this code."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import ROOT
+
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+ABSENT = ("deleted", "not in cache")
+
+
+def shared_imports(path: Path) -> set[str]:
+    """The files under stages/shared/ that a script imports, directly or through others."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "shared":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("shared."):
+            names.add(node.module.removeprefix("shared."))
+    files = {f"stages/shared/{name}.py" for name in names}
+    return files.union(*(shared_imports(ROOT / file) for file in files))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_declares_the_code_that_it_runs(stage):
+    definition = STAGES[stage].get("do", STAGES[stage])
+    script = re.match(r"python (stages/\w+\.py)", definition["cmd"])[1]
+    declared = {dep for dep in definition["deps"] if dep.endswith(".py")}
+    assert declared == {script} | shared_imports(ROOT / script)
+
+
+def test_the_committed_run_is_of_this_code_and_these_params():
+    dvc = [sys.executable, "-m", "dvc", "status", "--json"]
+    status = json.loads(subprocess.run(dvc, cwd=ROOT, capture_output=True, check=True).stdout)
+    assert not list(differences(status)), "`dvc repro`, then commit dvc.lock and metrics/"
+
+
+def differences(status: dict[str, list]) -> Iterator[str]:
+    """What `dvc status --json` found changed. Data and models are not in Git, so that they may be absent."""
+    for stage, changes in status.items():
+        for change in changes:
+            if isinstance(change, str):
+                yield f"{stage}: {change}"
+                continue
+            for paths in change.values():
+                yield from (f"{stage}: {path} is {state}" for path, state in paths.items() if state not in ABSENT)
