@@ -36,6 +36,7 @@ help:  ## this list
 
 $(BIN)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --requirement requirements.txt
+	@echo "Installing the packages of requirements.txt into .venv (two minutes or so)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install -qq --requirement requirements.txt
 	@touch $@

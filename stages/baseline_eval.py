@@ -24,7 +24,7 @@ def main() -> None:
     # Ten seconds of imports: after the checks above, so that errors come at once.
     from shared import encoders, retrieval
 
-    evaluator = retrieval.make_evaluator(test, corpus, params.evaluate.batch_size, "test")
+    evaluator = retrieval.make_evaluator(test, corpus, params.evaluate.batch_size, "test", keep_rankings=True)
     if folder is None:
         metrics, rankings = retrieval.search_with_bm25(evaluator)
     else:

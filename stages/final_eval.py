@@ -31,7 +31,7 @@ def main() -> None:
         remedy = "`dvc checkout --force` brings the last one back, `dvc repro --force train` trains it again"
         raise InputError(f"{error}\n{remedy}") from error
 
-    evaluator = retrieval.make_evaluator(test, corpus, params.evaluate.batch_size, "test")
+    evaluator = retrieval.make_evaluator(test, corpus, params.evaluate.batch_size, "test", keep_rankings=True)
     finetuned, rankings = retrieval.search_with_encoder(evaluator, model)
     gains = {metric: gain(base[metric], finetuned[metric]) for metric in finetuned}
     report = write_report(params, card, data, base, reference, finetuned)
@@ -40,7 +40,7 @@ def main() -> None:
     records.write_json(records.METRICS / "finetuned.json", finetuned)
     records.write_json(records.METRICS / "gain.json", gains)
     records.write_text(records.METRICS / "report.md", report)
-    print(report)
+    print(f"{NAME}: NDCG@10 {finetuned['ndcg@10']:.4f}, {gains['ndcg@10']['absolute']:+.4f} against the base model")
 
 
 def gain(before: float, after: float) -> dict[str, float | None]:

@@ -59,7 +59,9 @@ def main() -> None:
     scratch = SCRATCH / fingerprint(params)
     arguments = training_arguments(params.train, scratch)
     model = encoders.load_encoder(folder, params.models.base)
-    evaluator = retrieval.make_evaluator(validation, corpus, params.evaluate.batch_size, "validation")
+    evaluator = retrieval.make_evaluator(
+        validation, corpus, params.evaluate.batch_size, "validation", keep_rankings=False
+    )
     score_name = f"validation_{model.similarity_fn_name}_{METRIC}"
     score_before = evaluator(model)[score_name]
     print(f"{params.models.base}: validation NDCG@10 {score_before:.4f} before training")

@@ -19,11 +19,12 @@ Ranking = dict[str, Any]  # {"query_id", "query", "results": [{"corpus_id", "sco
 
 
 def make_evaluator(
-    rows: list[Row], corpus: dict[str, str], batch_size: int, name: str
+    rows: list[Row], corpus: dict[str, str], batch_size: int, name: str, keep_rankings: bool
 ) -> InformationRetrievalEvaluator:
     """Each row's anchor is a query, its document the one relevant passage, and the whole corpus is searched.
 
-    Called with a model, it returns the metrics as `<name>_<similarity>_ndcg@10` and so on.
+    Called with a model, it returns the metrics as `<name>_<similarity>_ndcg@10` and so on. `keep_rankings` is for
+    `search_with_encoder`.
     """
     return InformationRetrievalEvaluator(
         queries={row["id"]: row["anchor"] for row in rows},
@@ -37,7 +38,7 @@ def make_evaluator(
         batch_size=batch_size,
         show_progress_bar=True,
         write_csv=False,
-        write_predictions=name == "test",
+        write_predictions=keep_rankings,
         name=name,
     )
 
