@@ -19,7 +19,7 @@ def main() -> None:
     params = read_params()
     model_name = params.models.base if baseline == "base" else params.models.reference
     test, corpus = records.read_split("test"), records.read_corpus()
-    folder = None if model_name == "bm25" else sources.model_folder(model_name)
+    folder = None if model_name == "bm25" else sources.model_folder(model_name, baseline)
 
     # Ten seconds of imports: after the checks above, so that errors come at once.
     from shared import encoders, retrieval

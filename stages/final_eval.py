@@ -4,13 +4,16 @@ Reads   models/finetuned, data/prepared/{test,corpus}.jsonl, metrics/{data,base,
 Writes  metrics/finetuned.json, metrics/gain.json, metrics/report.md, data/rankings/finetuned.jsonl
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
 from shared import cards, records, sources
 from shared.errors import InputError, run
 from shared.params import Params, read_params
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 NAME = "models/finetuned"
 
@@ -20,16 +23,9 @@ def main() -> None:
     card = cards.read_card(params.prepare.card)
     test, corpus = records.read_split("test"), records.read_corpus()
     data, base, reference = (records.read_metrics(name) for name in ("data", "base", "reference"))
-    try:
-        sources.check_model(records.FINETUNED, NAME)
+    model = load_finetuned()
 
-        # Ten seconds of imports: after the checks above, so that errors come at once.
-        from shared import encoders, retrieval
-
-        model = encoders.load_encoder(records.FINETUNED, NAME)
-    except InputError as error:
-        remedy = "`dvc checkout --force` brings the last one back, `dvc repro --force train` trains it again"
-        raise InputError(f"{error}\n{remedy}") from error
+    from shared import retrieval
 
     evaluator = retrieval.make_evaluator(test, corpus, params.evaluate.batch_size, "test", keep_rankings=True)
     finetuned, rankings = retrieval.search_with_encoder(evaluator, model)
@@ -41,6 +37,18 @@ def main() -> None:
     records.write_json(records.METRICS / "gain.json", gains)
     records.write_text(records.METRICS / "report.md", report)
     print(f"{NAME}: NDCG@10 {finetuned['ndcg@10']:.4f}, {gains['ndcg@10']['absolute']:+.4f} against the base model")
+
+
+def load_finetuned() -> "SentenceTransformer":
+    """The model that train wrote. Raises InputError."""
+    try:
+        sources.check_model(records.FINETUNED, NAME)
+        from shared import encoders  # ten seconds of imports: after the check, so that its error comes at once
+
+        return encoders.load_encoder(records.FINETUNED, NAME)
+    except InputError as error:
+        remedy = "`dvc checkout --force` brings the last one back, `dvc repro --force train` trains it again"
+        raise InputError(f"{error}\n{remedy}") from error
 
 
 def gain(before: float, after: float) -> dict[str, float | None]:
@@ -60,7 +68,7 @@ def write_report(
     ]
     table = tabulate(
         [
-            [role, name, scores["mrr@10"], scores["ndcg@10"], change(base["ndcg@10"], scores["ndcg@10"], role)]
+            [role, name, scores["mrr@10"], scores["ndcg@10"], "" if role == "base" else change(base, scores)]
             for role, name, scores in models
         ],
         headers=["", "model", "MRR@10", "NDCG@10", "change in NDCG@10"],
@@ -80,16 +88,15 @@ def write_report(
 Licence: {card.licence}. Source: {card.citation}.
 
 **Training** MultipleNegativesRankingLoss, learning rate {train.learning_rate:g}, {train.epochs:g} epoch(s), batch \
-{train.batch_size}, warm-up {train.warmup:g}, precision {train.precision}, seed {train.seed}{arguments}; the best of \
-{train.evaluations} checkpoint(s) on the validation rows.
+{train.batch_size}, warm-up {train.warmup:g}, precision {train.precision}, seed {train.seed}{arguments}. The \
+validation rows chose the checkpoint.
 """
 
 
-def change(before: float, after: float, role: str) -> str:
-    if role == "base":
-        return ""
-    relative = f" ({(after - before) / before:+.1%})" if before else ""
-    return f"{after - before:+.4f}{relative}"
+def change(base: dict[str, float], scores: dict[str, float]) -> str:
+    """The change in NDCG@10 in words: "+0.0420 (+7.1%)"."""
+    by = gain(base["ndcg@10"], scores["ndcg@10"])
+    return f"{by['absolute']:+.4f}" + ("" if by["relative"] is None else f" ({by['relative']:+.1%})")
 
 
 if __name__ == "__main__":

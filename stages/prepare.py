@@ -29,6 +29,7 @@ def main() -> None:
     check_columns(source)
     rows, empty = clean_rows(source, params.drop_empty_rows)
     rows, dropped = drop_rows(rows, card.max_word_overlap, drop_duplicates=params.merge_identical_passages)
+    check_parts(source, rows)
     assign_documents(rows, params.merge_identical_passages)
     splits = split_rows(rows, params)
     corpus = {row["document_id"]: row["positive"] for row in rows}
@@ -44,8 +45,8 @@ def main() -> None:
         "passages": len(corpus),
         "mean_words": {column: mean_words(rows, column) for column in ("anchor", "positive")},
         "dropped_rows": {"empty": empty} | dropped,
-        "rows_sharing_a_passage": len(rows) - len({row["positive"] for row in rows}),
-        "rows_sharing_a_query": len(rows) - len({row["anchor"] for row in rows}),
+        "repeated_passages": len(rows) - len({row["positive"] for row in rows}),
+        "repeated_queries": len(rows) - len({row["anchor"] for row in rows}),
         "overlap": overlaps(splits),
     }
     records.write_json(records.METRICS / "data.json", summary)
@@ -101,7 +102,7 @@ def clean_text(value: Any, column: str, place: str) -> str:
     """One line of valid Unicode: white space and control characters become single spaces; None is empty."""
     if value is None:
         return ""
-    if isinstance(value, bool | float | list | dict | bytes) or not isinstance(value, str | int):
+    if isinstance(value, bool) or not isinstance(value, str | int):
         raise InputError(f"{place}: {column!r} holds {type(value).__name__} {value!r:.60}, where text is needed")
     valid = str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", valid).strip()
@@ -128,6 +129,13 @@ def word_overlap(query: str, passage: str) -> float:
     return len(query_words & passage_words) / max(len(query_words), 1)
 
 
+def check_parts(source: cards.Source, rows: list[dict[str, Any]]) -> None:
+    """Raises InputError where cleaning has left nothing of a part."""
+    for part in source.parts:
+        if not any(row["split"] == part.split for row in rows):
+            raise InputError(f"{part.origin} has no usable row: all are empty, or above the card's max_word_overlap")
+
+
 def assign_documents(rows: list[dict[str, Any]], merge_identical: bool) -> None:
     """Set each row's document_id: the id of the first row with the same passage, or else its own."""
     first: dict[str, str] = {}
@@ -150,9 +158,10 @@ def split_rows(rows: list[dict[str, Any]], params: PrepareParams) -> dict[str, l
     splits = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
     for split in SPLITS:
         if not splits[split]:
+            groups = len(set(group_ids(rows)))
             raise InputError(
-                f"the {split} split is empty: {len(rows)} usable rows in {len(set(group_ids(rows)))} groups that share"
-                f" no text are too few for prepare.{'test' if split == 'train' else split}_fraction; give more rows"
+                f"the {split} split is empty: {len(rows)} usable rows in {groups} groups that share no text are too few"
+                " for prepare.test_fraction and prepare.validation_fraction; give more rows"
             )
     return splits
 
@@ -178,7 +187,7 @@ def group_ids(rows: list[dict[str, Any]]) -> list[int]:
         [nodes.setdefault((column, row[column].casefold()), len(nodes)) for column in ("anchor", "positive")]
         for row in rows
     ]
-    queries, passages = np.array(edges).reshape(-1, 2).T
+    queries, passages = np.array(edges, dtype=int).reshape(-1, 2).T
     graph = coo_array((np.ones(len(rows)), (queries, passages)), shape=(len(nodes), len(nodes)))
     _, labels = connected_components(graph, directed=False)
     return labels[queries].tolist()

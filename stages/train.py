@@ -15,7 +15,9 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from shared import records, sources
 from shared.errors import InputError, run
@@ -41,12 +43,23 @@ PLAIN_NAMES = {
     "save_total_limit": "checkpoints",
     "seed": "seed",
 }
+# Arguments on which the promises of this stage rest: one score an evaluation, and the same model after a cut.
+SET_BY_THE_PIPELINE = {
+    "metric_for_best_model",
+    "load_best_model_at_end",
+    "prompts",
+    "max_steps",
+    "eval_delay",
+    "eval_on_start",
+    "save_only_model",
+    "ignore_data_skip",
+}
 
 
 def main() -> None:
     params = read_params()
     train, validation, corpus = records.read_split("train"), records.read_split("validation"), records.read_corpus()
-    folder = sources.model_folder(params.models.base)
+    base = sources.model_folder(params.models.base, "base")
 
     # Ten seconds of imports: after the checks above, so that errors come at once.
     from datasets import Dataset
@@ -56,9 +69,9 @@ def main() -> None:
     from shared import encoders, retrieval
 
     # 1. The model, and how good it is before training.
-    scratch = SCRATCH / fingerprint(params)
+    scratch = SCRATCH / fingerprint(params, base)
     arguments = training_arguments(params.train, scratch)
-    model = encoders.load_encoder(folder, params.models.base)
+    model = encoders.load_encoder(base, params.models.base)
     evaluator = retrieval.make_evaluator(
         validation, corpus, params.evaluate.batch_size, "validation", keep_rankings=False
     )
@@ -75,36 +88,39 @@ def main() -> None:
         model=model,
         args=arguments,
         train_dataset=pairs,
-        loss=MultipleNegativesRankingLoss(model),
+        # The loss compares texts as retrieval will; 20 is the library's scale for cosines, which lie in -1 to 1.
+        loss=MultipleNegativesRankingLoss(
+            model, scale=20.0 if model.similarity_fn_name == "cosine" else 1.0, similarity_fct=model.similarity
+        ),
         evaluator=evaluator,
         callbacks=[watch()],
     )
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(scratch))
 
     # 4. The checkpoint that validation prefers becomes the model.
-    best = Path(trainer.state.best_model_checkpoint)
+    state = trainer.state
+    best = scratch / f"checkpoint-{state.best_global_step}"
     save_model(encoders.load_encoder(best, best.name), scratch)
-    history = trainer.state.log_history
+    history = state.log_history
     loss = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     scores = [(entry["step"], entry[f"eval_{score_name}"]) for entry in history if f"eval_{score_name}" in entry]
     write_curve(CURVES / "loss.csv", "loss", loss)
     write_curve(CURVES / "validation.csv", METRIC, [(0, score_before), *scores])
     remove_checkpoints(scratch)
-    print(
-        f"models/finetuned: validation NDCG@10 {trainer.state.best_metric:.4f} at step {trainer.state.best_global_step}"
-    )
+    print(f"models/finetuned: validation NDCG@10 {state.best_metric:.4f} at step {state.best_global_step}")
 
 
-def fingerprint(params: Params) -> str:
+def fingerprint(params: Params, base: Path) -> str:
     """Names all that the run depends on: params, data, code and versions. A checkpoint serves only the same run."""
     code = [Path(__file__), *sorted((ROOT / "stages/shared").glob("*.py"))]
     data = [records.PREPARED / f"{name}.jsonl" for name in ("train", "validation", "corpus")]
     packages = ("torch", "transformers", "sentence-transformers", "accelerate", "datasets")
     digest = hashlib.sha256()
     digest.update(params.train.model_dump_json().encode())
-    digest.update(f"{params.models.base} {params.evaluate.batch_size}".encode())
+    digest.update(params.evaluate.model_dump_json().encode())
+    digest.update(str(choose_precision(params.train.precision)).encode())
     digest.update(" ".join(f"{name}=={importlib.metadata.version(name)}" for name in packages).encode())
-    for path in code + data:
+    for path in code + data + sorted(path for path in base.rglob("*") if path.is_file()):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -129,17 +145,16 @@ def training_arguments(train: TrainParams, scratch: Path) -> "SentenceTransforme
         "save_steps": share,
         "save_total_limit": train.checkpoints,
         "greater_is_better": True,
+        "batch_sampler": BatchSamplers.NO_DUPLICATES,  # a passage twice in a batch would be its own negative
         "logging_nan_inf_filter": False,  # it would hide what the callback looks for
+        "report_to": "tensorboard",
         "use_cpu": not torch.accelerator.is_available(),
     } | choose_precision(train.precision)
-    open_to_change = {
-        "batch_sampler": BatchSamplers.NO_DUPLICATES,  # a passage twice in a batch would be its own negative
-        "logging_steps": 0.02,  # 50 points on the loss curve
-        "report_to": "tensorboard",
-    }
+    open_to_change = {"logging_steps": 0.02}  # a share of all steps: 50 points on the loss curve
     valid = {field.name for field in dataclasses.fields(SentenceTransformerTrainingArguments) if field.init}
-    own = fixed.keys() | PLAIN_NAMES.keys() | {"metric_for_best_model", "load_best_model_at_end", "prompts"}
-    for name in train.arguments:
+    own = fixed.keys() | PLAIN_NAMES.keys() | SET_BY_THE_PIPELINE
+    types = get_type_hints(SentenceTransformerTrainingArguments)
+    for name, value in train.arguments.items():
         where = f"params.yaml: train.arguments.{name}"
         if name in PLAIN_NAMES:
             raise InputError(f"{where}: set train.{PLAIN_NAMES[name]} instead")
@@ -149,10 +164,14 @@ def training_arguments(train: TrainParams, scratch: Path) -> "SentenceTransforme
             raise InputError(
                 f"{where} is unknown to SentenceTransformerTrainingArguments{nearest(name, sorted(valid - own))}"
             )
+        try:
+            TypeAdapter(types[name]).validate_python(value)
+        except ValidationError as error:
+            raise InputError(f"{where} is {value!r}: {error.errors()[0]['msg']}") from None
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(scratch / "tensorboard")
     try:
         return SentenceTransformerTrainingArguments(**fixed, **open_to_change | train.arguments)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise InputError(f"params.yaml: train.arguments: {error}".splitlines()[0]) from error
 
 
@@ -170,7 +189,7 @@ def choose_precision(precision: str) -> dict[str, bool]:
 
 def prompts(model: "SentenceTransformer") -> dict[str, str]:
     """The model's own prompts by column, so that it is trained as `encode_query` and `encode_document` will use it."""
-    document = next((model.prompts[name] for name in ("document", "passage", "corpus") if model.prompts.get(name)), "")
+    document = next((model.prompts[name] for name in ("document", "passage", "corpus") if name in model.prompts), "")
     by_column = {"anchor": model.prompts.get("query", ""), "positive": document}
     return {column: prompt for column, prompt in by_column.items() if prompt}
 
@@ -222,11 +241,14 @@ def save_model(model: "SentenceTransformer", scratch: Path) -> None:
     """models/finetuned, whole or not at all; the same weights give the same bytes."""
     temporary = scratch / "model"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(str(temporary), create_model_card=False)  # a card would hold dates and random samples
-    for path in temporary.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes 0600, which a shared cache cannot serve
-    shutil.rmtree(records.FINETUNED, ignore_errors=True)
-    temporary.rename(records.FINETUNED)
+    try:
+        model.save_pretrained(str(temporary), create_model_card=False)  # a card would hold dates and random samples
+        for path in temporary.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes 0600, which a shared cache cannot serve
+        shutil.rmtree(records.FINETUNED, ignore_errors=True)
+        temporary.rename(records.FINETUNED)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_curve(path: Path, column: str, points: list[tuple[int, float]]) -> None:

@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from shared.errors import InputError
@@ -47,20 +49,21 @@ def own_card(repo, rows: list[dict] | str | bytes, name: str = "mine.jsonl", car
 
 def error_of(repo, *command: str, **env: str) -> str:
     """The message that the command ends with, after checking that it is short and that nothing was written."""
-    before = files(repo)
+    before = contents(repo)
     result = repo.run(*command, check=False, **env)
     assert result.returncode != 0
     assert "Traceback" not in result.stderr
     script = Path(next(word for word in command if word.endswith(".py"))).name
     message = result.stderr.rpartition(f"{script}: ")[2].strip()
     assert 1 <= len(message.splitlines()) <= 2, message
-    assert files(repo) == before
+    assert contents(repo) == before
     return message
 
 
-def files(repo) -> set[Path]:
-    folders = (repo.folder / name for name in ("data", "metrics", "models"))
-    return {path for folder in folders for path in folder.rglob("*") if path.is_file() and "scratch" not in path.parts}
+def contents(repo) -> dict[Path, bytes]:
+    """All files that a stage may write, but for models/scratch/."""
+    files = [path for name in ("data", "metrics", "models") for path in (repo.folder / name).rglob("*")]
+    return {path: path.read_bytes() for path in files if path.is_file() and "scratch" not in path.parts}
 
 
 @pytest.mark.parametrize(
@@ -92,6 +95,15 @@ def test_params_file_broken(repo):
     assert "params.yaml is not valid YAML: line 3" in error_of(repo, "python", "stages/prepare.py")
 
 
+def test_a_damaged_parquet_file(repo):
+    table = pyarrow.Table.from_pylist(GOOD_ROWS * 50)
+    pyarrow.parquet.write_table(table, repo.folder / "data/raw/mine.parquet")
+    content = bytearray((repo.folder / "data/raw/mine.parquet").read_bytes())
+    content[20:60] = bytes(40)
+    own_card(repo, bytes(content), "mine.parquet")
+    assert "no valid parquet file" in error_of(repo, "python", "stages/prepare.py")
+
+
 def test_an_error_reaches_the_user_of_dvc(repo):
     result = repo.run("dvc", "exp", "run", "-S", "train.epochs=abc", check=False)
     assert result.returncode != 0
@@ -102,12 +114,12 @@ def test_an_error_reaches_the_user_of_dvc(repo):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"columns: {id": "colums: {id"}, ["mine.yaml", "columns is missing"]),
+        ({"columns: {id": "colums: {id"}, ["colums is unknown", "did you mean columns?"]),
         ({"anchor: question": "anchor: querstion"}, ["no column 'querstion'", "did you mean question?"]),
         ({"data/raw/mine.jsonl": "data/raw/absent.jsonl"}, ["data/raw/absent.jsonl does not exist"]),
         ({"data/raw/mine.jsonl": "../mine.jsonl"}, ["../mine.jsonl leaves the repo"]),
         ({"data/raw/mine.jsonl": "data/raw"}, ["data/raw: the ending (none)", ".jsonl"]),
-        ({"path: data/raw/mine.jsonl": "path: {train: data/raw/mine.jsonl}"}, ["needs train and test"]),
+        ({"path: data/raw/mine.jsonl": "path: {trian: a.csv, test: b.csv}"}, ["path: should be", "{train: NAME, test"]),
         ({"source: files": "source: web"}, ["mine.yaml", "'web'", "hub, files, obo"]),
         ({"licence: none": "license: none"}, ["license is unknown", "did you mean licence?"]),
     ],
@@ -130,10 +142,11 @@ def test_cards(repo, change, words):
         ([*GOOD_ROWS, {"id": "3", "question": "q", "answer": "a"}], ["row 41", "'3'", "row 4"]),
         (GOOD_ROWS[:2], ["split is empty"]),
         ([row | {"answer": "the same"} for row in GOOD_ROWS], ["split is empty", "1 groups"]),
+        ([row | {"answer": row["question"]} for row in GOOD_ROWS], ["no usable row", "max_word_overlap"]),
     ],
 )
 def test_rows(repo, rows, words):
-    own_card(repo, rows)
+    own_card(repo, rows, card=CARD + "max_word_overlap: 0.8\n")
     message = error_of(repo, "python", "stages/prepare.py")
     assert all(word in message for word in words), message
 
@@ -188,19 +201,26 @@ def test_stages_say_what_they_miss(repo):
         ("./models/absent", ["./models/absent is no folder"]),
         ("package:no-such-package", ["package no-such-package is not installed"]),
         ("package:dvc", ["package dvc carries no sentence-transformers model"]),
-        ("{pickled}", ["no weights as safetensors"]),
+        ("{pickled}", ["not safetensors", "convert them"]),
         ("{cut}", ["is no model that sentence-transformers loads"]),
+        ("{nan}", ["is damaged", "no finite numbers"]),
     ],
 )
 def test_models(repo, static_model, tmp_path, base, words):
+    from safetensors.torch import load_file, save_file
+
     for name in ("pickled", "cut"):
         shutil.copytree(static_model, tmp_path / name)
         (weights,) = (tmp_path / name).rglob("*.safetensors")
         weights.write_bytes(weights.read_bytes()[:100])
         if name == "pickled":
             weights.rename(weights.with_name("pytorch_model.bin"))
+    shutil.copytree(static_model, tmp_path / "nan")
+    (weights,) = (tmp_path / "nan").rglob("*.safetensors")
+    save_file({name: tensor * float("nan") for name, tensor in load_file(weights).items()}, weights)
     prepare_own_files(repo)
-    repo.set(**{"models.base": base.format(pickled=tmp_path / "pickled", cut=tmp_path / "cut")})
+    folders = {name: tmp_path / name for name in ("pickled", "cut", "nan")}
+    repo.set(**{"models.base": base.format(**folders)})
     message = error_of(repo, "python", "stages/baseline_eval.py", "base")
     assert all(word in message for word in words), message
 
@@ -212,6 +232,8 @@ def test_models(repo, static_model, tmp_path, base, words):
         ({"arguments": {"num_train_epochs": 2}}, ["set train.epochs instead"]),
         ({"arguments": {"hub_token": "x"}}, ["pipeline's own business"]),
         ({"arguments": {"lr_scheduler_type": "zigzag"}}, ["train.arguments", "zigzag"]),
+        ({"arguments": {"weight_decay": "abc"}}, ["train.arguments.weight_decay is 'abc'", "number"]),
+        ({"arguments": {"accelerator_config": "absent.json"}}, ["train.arguments", "absent.json"]),
         ({"precision": "fp16"}, ["fp16", "CUDA GPU", "take auto"]),
     ],
 )
@@ -226,11 +248,13 @@ def test_training_arguments(changed, words, tmp_path, monkeypatch):
 
 
 def test_loss_that_is_not_a_number(repo, static_model, tmp_path):
+    import torch
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(static_model, tmp_path / "model")
     (weights,) = (tmp_path / "model").rglob("*.safetensors")
-    save_file({name: tensor * float("nan") for name, tensor in load_file(weights).items()}, weights)
+    # Finite, so that the model loads; the mean of a text's vectors is not.
+    save_file({name: torch.full_like(tensor, 3e38) for name, tensor in load_file(weights).items()}, weights)
     prepare_own_files(repo)
     repo.set(**{"models.base": str(tmp_path / "model")})
     message = error_of(repo, "python", "stages/train.py")
@@ -238,8 +262,9 @@ def test_loss_that_is_not_a_number(repo, static_model, tmp_path):
     assert "learning_rate" in message
 
 
-def test_disk_full_while_saving(repo):
+def test_disk_full_while_saving(repo, static_model):
     prepare_own_files(repo)
+    shutil.copytree(static_model, repo.folder / "models/finetuned")  # an older one, which stays as it is
     # A limit on the size of a file stands for the full disk: the model is larger, everything else is not.
     limited = "ulimit -f 1000; exec python stages/train.py"
     assert "the disk is full" in error_of(repo, "bash", "-c", limited, "train.py")

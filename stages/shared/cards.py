@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, Field
+from pydantic import BeforeValidator, Field
 
 from shared.errors import InputError
 from shared.params import ROOT, Settings, check_settings, nearest, read_yaml
@@ -21,13 +21,15 @@ Text = Annotated[str, Field(min_length=1)]
 Split = Literal["train", "validation", "test"]
 
 
-def check_own_splits(parts: str | dict[Split, str]) -> str | dict[Split, str]:
-    if isinstance(parts, dict) and not {"train", "test"} <= parts.keys():
-        raise ValueError("a card that brings its own splits needs train and test (validation is optional)")
+def check_parts(parts: Any) -> Any:
+    one = isinstance(parts, str) and parts
+    several = isinstance(parts, dict) and {"train", "test"} <= parts.keys() <= {"train", "validation", "test"}
+    if not one and not several:
+        raise ValueError("should be one name, or {train: NAME, test: NAME} (and validation) for splits of its own")
     return parts
 
 
-OneOrSplits = Annotated[Text | dict[Split, Text], AfterValidator(check_own_splits)]
+OneOrSplits = Annotated[str | dict[Split, str], BeforeValidator(check_parts)]
 
 
 class Columns(Settings):
@@ -101,7 +103,7 @@ def read_card(name: str) -> HubCard | FilesCard | OboCard:
         raise InputError(f"params.yaml: prepare.card: there is no data/cards/{name}.yaml{nearest(name, known)}")
     settings = read_yaml(path)
     source = settings.get("source")
-    if source not in SOURCES:
+    if not isinstance(source, str) or source not in SOURCES:
         raise InputError(f"data/cards/{name}.yaml: source is {source!r}: should be one of {', '.join(SOURCES)}")
     return check_settings(settings, SOURCES[source], path)
 
@@ -166,7 +168,9 @@ def read_rows(name: str, path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{name} does not exist; put it there, or correct `path` in the data card") from None
     except IsADirectoryError:
         raise InputError(f"{name} is a folder; `path` in the data card names a file") from None
-    except (ValueError, csv.Error) as error:  # UnicodeDecodeError, JSONDecodeError and ArrowInvalid are ValueErrors
+    except PermissionError:
+        raise
+    except (ValueError, csv.Error, OSError, RecursionError) as error:  # pyarrow: OSError where a block is damaged
         raise InputError(f"{name} is no valid {path.suffix[1:]} file: {first_line(error)}") from None
     if not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{name} is no list of rows: each row must be an object such as {{'question': …}}")
@@ -216,8 +220,11 @@ def load_obo(card: OboCard) -> Source:
     path = Path(installed(card.package).locate_file(card.file))
     if not path.is_file():
         raise InputError(f"the package {card.package} carries no {card.file}; install the version in requirements.txt")
-    with warnings.catch_warnings(action="ignore"):  # pronto warns about cross-references that are not used here
-        ontology = pronto.Ontology(path, encoding="utf-8")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # pronto warns about cross-references that are not used here
+            ontology = pronto.Ontology(path, encoding="utf-8")
+    except Exception as error:
+        raise InputError(f"{card.file} of the package {card.package} is no ontology: {first_line(error)}") from error
     release = ontology.metadata.data_version
     if release != card.revision:
         raise InputError(
@@ -230,6 +237,9 @@ def load_obo(card: OboCard) -> Source:
         if term.definition and not term.obsolete
         for number, synonym in enumerate(synonyms_of_type(term, card.synonym_type), start=1)
     ]
+    if not rows:
+        known = sorted(synonym_type.id for synonym_type in ontology.synonym_types())
+        raise InputError(f"{card.file}: no synonym is of type {card.synonym_type!r}{nearest(card.synonym_type, known)}")
     return Source([Part(None, card.file, rows)], Columns(anchor="anchor", positive="positive", id="id"), release)
 
 

@@ -13,7 +13,7 @@ def load_encoder(folder: Path, name: str) -> SentenceTransformer:
     """The encoder on the best device there is, its weights in float32; `name` is for errors. Raises InputError."""
     try:
         # transformers would take the precision that the file has, and half precision moves scores.
-        return SentenceTransformer(
+        model = SentenceTransformer(
             str(folder),
             trust_remote_code=False,
             local_files_only=True,
@@ -21,3 +21,6 @@ def load_encoder(folder: Path, name: str) -> SentenceTransformer:
         )
     except Exception as error:
         raise InputError(f"{name} is no model that sentence-transformers loads: {first_line(error)}") from error
+    if not all(weights.isfinite().all() for weights in model.parameters()):
+        raise InputError(f"{name} is damaged: it has weights that are no finite numbers")
+    return model

@@ -1,13 +1,14 @@
 """Errors for people: one or two lines that say what is wrong, where, and what to do; no traceback; exit code 1."""
 
 import errno
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # safetensors (Rust) and torch.save (C++) report a full disk in words only, without an errno.
-DISK_FULL_WORDS = ("os error 28", "os error 122", "os error 27", "No space left", "file write failed", "unexpected pos")
+DISK_FULL_WORDS = re.compile(r"os error (28|122|27)\b|No space left|file write failed|unexpected pos \d")
 
 
 class InputError(Exception):
@@ -22,21 +23,21 @@ def run(main: Callable[[], None]) -> None:
     except InputError as error:
         sys.exit(f"{stage}: {error}")
     except KeyboardInterrupt:
-        print(f"{stage}: interrupted; `dvc repro` goes on from here", file=sys.stderr)
+        print(
+            f"\n{stage}: interrupted; `dvc repro` goes on from here (training, from its last checkpoint)",
+            file=sys.stderr,
+        )
         sys.exit(130)  # 128 + SIGINT, what a shell expects
     except Exception as error:
         if is_disk_full(error):
-            sys.exit(f"{stage}: the disk is full; nothing half-written was kept. Free some space, then `dvc repro`")
+            sys.exit(f"{stage}: the disk is full; no file is half-written. Free some space, then `dvc repro`")
         if isinstance(error, PermissionError):
             sys.exit(f"{stage}: no permission to open {error.filename}; change its mode or owner, then `dvc repro`")
         raise
 
 
 def is_disk_full(error: BaseException) -> bool:
-    return any(
-        getattr(link, "errno", None) in DISK_FULL or any(words in str(link) for words in DISK_FULL_WORDS)
-        for link in causes(error)
-    )
+    return any(getattr(link, "errno", None) in DISK_FULL or DISK_FULL_WORDS.search(str(link)) for link in causes(error))
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

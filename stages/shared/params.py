@@ -5,6 +5,7 @@ in YAML 1.2 (ruamel.yaml, and DVC itself) and a string to PyYAML.
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -38,15 +39,15 @@ class PrepareParams(Settings):
 
 
 def check_model_name(name: str) -> str:
-    """See `shared.encoders.model_folder`, which turns the name into a folder."""
-    is_hub_name = name.count("/") == 1 and name.count("@") == 1 and all(name.replace("@", "/").split("/"))
+    """See `shared.sources.model_folder`, which turns the name into a folder."""
     if name == "bm25" or name.startswith(("./", "/")) or (name.startswith("package:") and name != "package:"):
         return name
-    if is_hub_name:
-        return name
-    if name.count("/") == 1 and "@" not in name:
+    repository, _, revision = name.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or name.startswith("."):
+        raise ValueError("a model is named org/name@revision, package:NAME, ./path or bm25")
+    if not revision:
         raise ValueError(f"a Hub model needs a revision: {name}@COMMIT (or, not repeatable, {name}@main)")
-    raise ValueError("a model is named org/name@revision, package:NAME, ./path or bm25")
+    return name
 
 
 def check_trainable(name: str) -> str:
@@ -98,7 +99,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         settings = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{name} is missing; `git checkout -- {name}` brings it back") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         raise InputError(f"{name} is not valid YAML:{line} {getattr(error, 'problem', None) or error}") from None
@@ -117,16 +118,18 @@ def check_settings(settings: dict[str, Any], schema: type[SettingsType], path: P
 
 def describe(error: ValidationError, schema: type[Settings]) -> str:
     """The first thing that is wrong, in one line; and how many more there are."""
-    first, *others = error.errors()
+    # A mistyped name is both unknown and missing; the unknown one tells more.
+    first, *others = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"]) or "the file"
     if first["type"] == "extra_forbidden":
         what = f"{where} is unknown" + nearest(str(first["loc"][-1]), names_at(schema, first["loc"][:-1]))
     elif first["type"] == "missing":
         what = f"{where} is missing"
     else:
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        message = re.sub("^(Value error, |(Input|String|Dictionary) should )", "", first["msg"])
+        should = "" if first["type"] == "value_error" else "should "
         value = "" if isinstance(first["input"], dict | Settings) else f" is {first['input']!r}"
-        what = f"{where}{value}: {message if first['type'] == 'value_error' else f'should be {message}'}"
+        what = f"{where}{value}: {should}{message}"
     return what + (f" (and {len(others)} more)" if others else "")
 
 

@@ -10,6 +10,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from tqdm import tqdm
 
+from shared.errors import InputError
 from shared.records import DIGITS, Row
 
 DEPTH = 100  # documents kept a query; MAP@100 is the deepest metric
@@ -64,7 +65,10 @@ def search_with_bm25(evaluator: InformationRetrievalEvaluator) -> tuple[dict[str
 
     options = {"stopwords": "en", "stemmer": Stemmer.Stemmer("english")}
     index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
-    index.index(bm25s.tokenize(evaluator.corpus, **options))
+    corpus_tokens = bm25s.tokenize(evaluator.corpus, **options)
+    if not corpus_tokens.vocab:
+        raise InputError("bm25 finds no word to search for in the passages; take another models.reference")
+    index.index(corpus_tokens)
     query_tokens = bm25s.tokenize(evaluator.queries, return_ids=False, show_progress=False, **options)
     id_order = evaluator.get_corpus_id_ranks().numpy()
     rankings = []

@@ -1,12 +1,14 @@
 """Where data and models come from: a path, an installed package, the Hub; and what to say when they cannot be had."""
 
 import importlib.metadata
+import os
 from pathlib import Path
+from typing import Literal
 
 from shared.errors import InputError, causes
 from shared.params import ROOT
 
-WATCHED_MODELS = ROOT / "models/local"  # the one folder of users' models that dvc.yaml declares as a dependency
+WATCHED_MODELS = ROOT / "models/local"  # its folders base and reference are dependencies in dvc.yaml
 # A repository on the Hub holds the same weights in many formats. Only safetensors is loaded: pickles run code.
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]
 HUB_EXCLUDED = ["onnx/*", "openvino/*"]
@@ -26,7 +28,7 @@ HUB_UNREACHABLE = {
 
 def resolve_path(name: str, watched: Path) -> Path:
     """A path from a card or a param: absolute, or inside the repo. Says so where DVC does not see the file change."""
-    path = Path(name) if Path(name).is_absolute() else (ROOT / name).resolve()
+    path = Path(os.path.normpath(ROOT / name))  # not resolve(): a link in the repo may lead to another disk
     if not Path(name).is_absolute() and not path.is_relative_to(ROOT):
         raise InputError(f"{name} leaves the repo; give an absolute path if that is meant")
     if not path.is_relative_to(watched):
@@ -45,7 +47,7 @@ def installed(package: str) -> importlib.metadata.Distribution:
         ) from None
 
 
-def model_folder(name: str) -> Path:
+def model_folder(name: str, role: Literal["base", "reference"]) -> Path:
     """Where the model's files are; those of a Hub model are downloaded. `name` is as params.yaml explains it.
 
     Raises InputError, also for a folder that holds no model, or no weights as safetensors.
@@ -53,7 +55,7 @@ def model_folder(name: str) -> Path:
     if name.startswith("package:"):
         folder = packaged_model(name.removeprefix("package:"))
     elif name.startswith(("./", "/")):
-        folder = resolve_path(name, WATCHED_MODELS)
+        folder = resolve_path(name, WATCHED_MODELS / role)
         if not folder.is_dir():
             raise InputError(f"{name} is no folder; a Hub model is named org/name@revision")
     else:
@@ -66,8 +68,9 @@ def check_model(folder: Path, name: str) -> None:
     """Raises InputError where the folder cannot be a model; reads no weights. `name` is for errors."""
     if not any((folder / file).is_file() for file in ("modules.json", "config.json")):
         raise InputError(f"{name} is no model: {folder} holds neither modules.json nor config.json")
-    if not any(folder.rglob("*.safetensors")):
-        raise InputError(f"{name} has no weights as safetensors in {folder}; other formats are not loaded")
+    pickled = [path for path in folder.rglob("pytorch_model.bin") if not path.with_name("model.safetensors").exists()]
+    if pickled or not any(folder.rglob("*.safetensors")):
+        raise InputError(f"{name} has weights that are not safetensors in {folder}; others may run code: convert them")
 
 
 def packaged_model(package: str) -> Path:
@@ -82,7 +85,7 @@ def packaged_model(package: str) -> Path:
 def hub_model(name: str) -> Path:
     from huggingface_hub import snapshot_download  # half a second that other sources need not pay
 
-    repository, revision = name.split("@")
+    repository, _, revision = name.partition("@")
     try:
         return Path(
             snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_EXCLUDED)
