@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test lint report lock clean help
+.PHONY: run test experiments report lint lock clean help
 .DEFAULT_GOAL := run
 
 run: $(BIN)/.installed  ## install, then run what has changed of the pipeline (dvc repro), and show the report
@@ -13,14 +13,19 @@ run: $(BIN)/.installed  ## install, then run what has changed of the pipeline (d
 test: $(BIN)/.installed  ## run the tests (offline, a few minutes)
 	pytest
 
-lint: $(BIN)/.installed  ## check style
-	ruff check .
-	ruff format --check .
+# Only columns that differ, and of these the fine-tuned model's main metrics and the params.
+experiments: $(BIN)/.installed  ## the experiments side by side, best first
+	dvc exp show --only-changed --sort-by metrics/finetuned.json:ndcg@10 --sort-order desc \
+		--drop '(?!Experiment|metrics/finetuned.json:(ndcg|mrr)@10|.*(prepare|models|train)\.).*'
 
-report: $(BIN)/.installed  ## the last run's report, and its metrics and params against the last commit
+report: $(BIN)/.installed  ## the last run's report, and its metrics and params against the last commit (empty: equal)
 	@cat metrics/report.md
 	@dvc params diff --md
 	@dvc metrics diff --md
+
+lint: $(BIN)/.installed  ## check style
+	ruff check .
+	ruff format --check .
 
 lock: $(BIN)/.installed  ## write requirements.txt anew from requirements.in
 	pip install --quiet pip-tools

@@ -81,7 +81,8 @@ def write_report(
 
 {table}
 
-{rows["test"]:,} test queries over {data["passages"]:,} passages; change is against the base model.
+{rows["test"]:,} test queries over {data["passages"]:,} passages; change is against the base model. With so many \
+queries a score is known to ±{widest_interval(rows["test"]):.3f} or better (95%).
 
 **Data** `{data["card"]}`: {card.title}. Revision {data["revision"]}; {rows["train"]:,} training, \
 {rows["validation"]:,} validation and {rows["test"]:,} test rows.
@@ -91,6 +92,11 @@ Licence: {card.licence}. Source: {card.citation}.
 {train.batch_size}, warm-up {train.warmup:g}, precision {train.precision}, seed {train.seed}{arguments}. The \
 validation rows chose the checkpoint.
 """
+
+
+def widest_interval(queries: int) -> float:
+    """Half of the 95% interval of a mean of scores between 0 and 1, whose standard deviation is 0.5 at the most."""
+    return 1.96 * 0.5 / queries**0.5
 
 
 def change(base: dict[str, float], scores: dict[str, float]) -> str:

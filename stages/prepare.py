@@ -62,7 +62,9 @@ def check_columns(source: cards.Source) -> None:
             raise InputError(f"{part.origin} has no rows")
         for ours, theirs in source.columns.model_dump(exclude_none=True).items():
             if theirs not in there:
-                raise InputError(f"{part.origin} has no column {theirs!r} for the {ours}{nearest(theirs, there)}")
+                raise InputError(
+                    f"{part.origin} has no column {theirs!r}, which the card names as {ours}{nearest(theirs, there)}"
+                )
 
 
 def clean_rows(source: cards.Source, drop_empty: bool) -> tuple[list[dict[str, Any]], int]:
@@ -89,7 +91,10 @@ def clean_rows(source: cards.Source, drop_empty: bool) -> tuple[list[dict[str, A
                 empty += 1
                 continue
             if id in places:
-                raise InputError(f"{place}: the id {id!r} stands in row {places[id]} already; ids must be unique")
+                raise InputError(
+                    f"{place}: the id {id!r} stands in row {places[id]} already; mend it, or leave `id` out of"
+                    " the card's columns, so that rows are numbered"
+                )
             places[id] = number
             rows.append({"id": id, "anchor": anchor, "positive": positive, "split": part.split})
     if len({row["id"] for row in rows}) < len(rows):

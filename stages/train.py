@@ -227,7 +227,7 @@ def last_whole_checkpoint(scratch: Path) -> str | None:
         except (FileNotFoundError, ValueError):
             shutil.rmtree(path)
             continue
-        print(f"going on from {path.relative_to(ROOT)}")
+        print(f"going on from {path.relative_to(ROOT)} (a warning that shares are not step counts is harmless)")
         return str(path)
     return None
 

@@ -115,7 +115,10 @@ def test_an_error_reaches_the_user_of_dvc(repo):
     ("change", "words"),
     [
         ({"columns: {id": "colums: {id"}, ["colums is unknown", "did you mean columns?"]),
-        ({"anchor: question": "anchor: querstion"}, ["no column 'querstion'", "did you mean question?"]),
+        (
+            {"anchor: question": "anchor: querstion"},
+            ["no column 'querstion', which the card names as anchor", "did you mean question?"],
+        ),
         ({"data/raw/mine.jsonl": "data/raw/absent.jsonl"}, ["data/raw/absent.jsonl does not exist"]),
         ({"data/raw/mine.jsonl": "../mine.jsonl"}, ["../mine.jsonl leaves the repo"]),
         ({"data/raw/mine.jsonl": "data/raw"}, ["data/raw: the ending (none)", ".jsonl"]),

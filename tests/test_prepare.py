@@ -88,7 +88,7 @@ def test_an_id_in_two_splits_loses_no_passage():
 
 def test_an_id_twice_in_a_split_is_refused():
     row = {"id": 1, "q": "a", "p": "b"}
-    with pytest.raises(InputError, match=r"train, row 2: the id '1' stands in row 1 already"):
+    with pytest.raises(InputError, match=r"train, row 2: the id '1' stands in row 1 already; .*leave `id` out"):
         clean_rows(source(train=[row, row]), False)
 
 

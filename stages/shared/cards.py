@@ -130,7 +130,7 @@ def load_hub(card: HubCard) -> Source:
         try:
             data = load_dataset(card.dataset, card.config, split=name, revision=revision)
         except Exception as error:
-            raise hub_error(error, "data set", f"{card.dataset}@{card.revision}", "-S prepare.card=hpo-lay") from error
+            raise hub_error(error, "data set", f"{card.dataset}@{card.revision}") from error
         parts.append(Part(split, f"{card.dataset} ({name})", data.to_list()))
     return Source(parts, card.columns, revision)
 
@@ -144,7 +144,7 @@ def resolve_revision(card: HubCard) -> str:
     try:
         return HfApi().dataset_info(card.dataset, revision=card.revision).sha
     except Exception as error:
-        raise hub_error(error, "data set", f"{card.dataset}@{card.revision}", "-S prepare.card=hpo-lay") from error
+        raise hub_error(error, "data set", f"{card.dataset}@{card.revision}") from error
 
 
 # --- one's own files ---

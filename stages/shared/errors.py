@@ -24,7 +24,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"{stage}: {error}")
     except KeyboardInterrupt:
         print(
-            f"\n{stage}: interrupted; `dvc repro` goes on from here (training, from its last checkpoint)",
+            f"\n{stage}: interrupted; the same command goes on from here",
             file=sys.stderr,
         )
         sys.exit(130)  # 128 + SIGINT, what a shell expects

