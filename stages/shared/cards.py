@@ -21,7 +21,7 @@ Text = Annotated[str, Field(min_length=1)]
 Split = Literal["train", "validation", "test"]
 
 
-def check_parts(parts: Any) -> Any:
+def check_one_or_splits(parts: Any) -> Any:
     one = isinstance(parts, str) and parts
     several = isinstance(parts, dict) and {"train", "test"} <= parts.keys() <= {"train", "validation", "test"}
     if not one and not several:
@@ -29,7 +29,7 @@ def check_parts(parts: Any) -> Any:
     return parts
 
 
-OneOrSplits = Annotated[str | dict[Split, str], BeforeValidator(check_parts)]
+OneOrSplits = Annotated[str | dict[Split, str], BeforeValidator(check_one_or_splits)]
 
 
 class Columns(Settings):
