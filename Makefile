@@ -1,14 +1,16 @@
 # The two commands: `make` sets everything up and runs the default experiment; `make test` tests the repo.
 PYTHON ?= python3
+TARGET ?= main
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test experiments report lint lock clean help
+.PHONY: run test experiments report gate lint lock clean help
 .DEFAULT_GOAL := run
 
 run: $(BIN)/.installed  ## install, then run what has changed of the pipeline (dvc repro), and show the report
 	dvc repro
-	@cat metrics/report.md
+	@sed '/^## How sure/,$$d; /^!/d' metrics/report.md
+	@echo 'The rest, with pictures and examples: metrics/report.md'
 
 test: $(BIN)/.installed  ## run the tests (offline, a few minutes)
 	pytest
@@ -18,10 +20,11 @@ experiments: $(BIN)/.installed  ## the experiments side by side, best first
 	dvc exp show --only-changed --sort-by metrics/finetuned.json:ndcg@10 --sort-order desc \
 		--drop '(?!Experiment|metrics/finetuned.json:(ndcg|mrr)@10|.*(prepare|models|train)\.).*'
 
-report: $(BIN)/.installed  ## the last run's report, and its metrics and params against the last commit (empty: equal)
-	@cat metrics/report.md
-	@dvc params diff --md
-	@dvc metrics diff --md
+report: $(BIN)/.installed  ## what this branch does to the result, as CI comments it on a pull request (TARGET=main)
+	@python stages/pull_request.py $(TARGET)
+
+gate: $(BIN)/.installed  ## fail where the gain may be below evaluate.minimum_gain
+	@python stages/gate.py
 
 lint: $(BIN)/.installed  ## check style
 	ruff check .

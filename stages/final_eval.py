@@ -1,108 +1,209 @@
-"""Final evaluation: score the fine-tuned model as the baselines were, and report what training gained.
+"""Final evaluation: score the fine-tuned models as the baselines were, and weigh what training gained.
 
-Reads   models/finetuned, data/prepared/{test,corpus}.jsonl, metrics/{data,base,reference}.json, the data card
-Writes  metrics/finetuned.json, metrics/gain.json, metrics/report.md, data/rankings/finetuned.jsonl
+Reads   models/finetuned/<seed>/, data/prepared/, data/rankings/{base,reference}.jsonl, the data card,
+        metrics/{data,base,reference}.json, metrics/curves/<seed>/
+Writes  data/rankings/finetuned/<seed>.jsonl
+        metrics/: finetuned.json (mean of the seeds), gain.json, environment.json, ranks.csv, report.md, plots/*.svg
 """
 
-from typing import TYPE_CHECKING, Any
+import shutil
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from tabulate import tabulate
+import numpy as np
 
-from shared import cards, records, sources
+from shared import cards, environment, pictures, records, report, significance, sources
 from shared.errors import InputError, run
-from shared.params import Params, read_params
+from shared.params import Metric, read_params
+from shared.records import Row, rounded
+from shared.scores import Ranking, ranks_in_other_protocol, ranks_of, score
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-NAME = "models/finetuned"
+EXAMPLES = 5  # queries that gained most, and as many that lost most, in the report
+
+Ranks = dict[str, np.ndarray]  # base, reference, finetuned → rank of each query's passage, shape (seeds, queries)
 
 
 def main() -> None:
     params = read_params()
+    seeds, metric = params.train.seeds, params.evaluate.primary_metric
     card = cards.read_card(params.prepare.card)
-    test, corpus = records.read_split("test"), records.read_corpus()
-    data, base, reference = (records.read_metrics(name) for name in ("data", "base", "reference"))
-    model = load_finetuned()
+    splits = {split: records.read_split(split) for split in ("train", "validation", "test")}
+    test, corpus, near_duplicates = splits["test"], records.read_corpus(), records.read_near_duplicates()
+    data = records.read_metrics("data")
+    metrics = {model: records.read_metrics(model) for model in ("base", "reference")}
+    rankings = {model: [records.read_ranking(model)] for model in ("base", "reference")}
+    models = [load_finetuned(seed) for seed in seeds]
 
+    # Ten seconds of imports: after the checks above, so that errors come at once.
     from shared import retrieval
 
+    # 1. Search with each fine-tuned model, as the baselines did.
     evaluator = retrieval.make_evaluator(test, corpus, params.evaluate.batch_size, "test", keep_rankings=True)
-    finetuned, rankings = retrieval.search_with_encoder(evaluator, model)
-    gains = {metric: gain(base[metric], finetuned[metric]) for metric in finetuned}
-    report = write_report(params, card, data, base, reference, finetuned)
+    searched = [retrieval.search_with_encoder(evaluator, model) for model in models]
+    metrics["finetuned"] = mean_metrics([own for own, _ in searched])
+    rankings["finetuned"] = [ranking for _, ranking in searched]
 
-    records.write_jsonl(records.RANKINGS / "finetuned.jsonl", rankings)
-    records.write_json(records.METRICS / "finetuned.json", finetuned)
+    # 2. The rank of each query's passage: all the evidence is made of it. Queries with one passage are a cluster.
+    ranks = {model: np.stack([ranks_of(one, test) for one in several]) for model, several in rankings.items()}
+    clusters = numbered([row["positive"] for row in test])
+
+    # 3. The gain; and again without queries that training nearly saw, and under the other protocol for duplicates.
+    views = {"all": (ranks, clusters)}
+    unseen = np.array([row["id"] not in near_duplicates for row in test])
+    if not unseen.all() and len(set(clusters[unseen])) > 1:
+        few = {model: own[:, unseen] for model, own in ranks.items()}
+        views["without_near_duplicates"] = (few, numbered(clusters[unseen].tolist()))
+    if data["repeated_passages"]:
+        merged, rows = params.prepare.merge_identical_passages, [row for split in splits.values() for row in split]
+        other = {
+            model: np.stack([ranks_in_other_protocol(one, test, rows, merged) for one in several])
+            for model, several in rankings.items()
+        }
+        views["one_document_a_row" if merged else "identical_passages_merged"] = (other, clusters)
+    gains: dict[str, Any] = {f"over_{model}": gain_over(model, views, metric) for model in ("base", "reference")}
+    gains["seeds"] = spread(seeds, score(metric, ranks["finetuned"]).mean(axis=1))
+
+    # 4. For people.
+    changes = score(metric, ranks["finetuned"]) - score(metric, ranks["base"])
+    machine = environment.describe()
+    text = report.write_report(
+        params,
+        card,
+        data,
+        metrics,
+        {model: significance.score_interval(score(metric, own), clusters) for model, own in ranks.items()},
+        gains,
+        {what: examples(what, changes, test, corpus, rankings, ranks) for what in ("gained", "lost")},
+        clusters.max() + 1,
+        machine,
+    )
+    query_words = np.array([len(row["anchor"].split()) for row in test])
+    drawn = {
+        "scores": pictures.scores(ranks, clusters),
+        "training": pictures.training(records.CURVES, seeds, metric),
+        "recall": pictures.recall(ranks),
+        "ranks": pictures.rank_moves(ranks["base"], ranks["finetuned"]),
+        "length": pictures.gain_by_length(changes, clusters, query_words, metric),
+    }
+
+    for seed, ranking in zip(seeds, rankings["finetuned"], strict=True):
+        records.write_jsonl(records.RANKINGS / f"finetuned/{seed}.jsonl", ranking)
+    records.write_json(records.METRICS / "finetuned.json", metrics["finetuned"])
     records.write_json(records.METRICS / "gain.json", gains)
-    records.write_text(records.METRICS / "report.md", report)
-    print(f"{NAME}: NDCG@10 {finetuned['ndcg@10']:.4f}, {gains['ndcg@10']['absolute']:+.4f} against the base model")
+    records.write_json(records.METRICS / "environment.json", machine)
+    records.write_csv(records.METRICS / "ranks.csv", *rank_table(test, clusters, ranks, seeds))
+    for name, picture in drawn.items():
+        records.write_text(records.METRICS / f"plots/{name}.svg", picture)
+    records.write_text(records.METRICS / "report.md", text)
+    remove_other_seeds(seeds)
+    print(report.headline(params, gains, len(test)))
 
 
-def load_finetuned() -> "SentenceTransformer":
+def remove_other_seeds(seeds: list[int]) -> None:
+    """Remove what an earlier run with more seeds has left: DVC takes the whole folders for what this stage reads."""
+    for folder in (records.FINETUNED, records.CURVES, records.METRICS / "train"):
+        for path in folder.glob("*"):
+            if path.stem.isdecimal() and int(path.stem) not in seeds:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def load_finetuned(seed: int) -> "SentenceTransformer":
     """The model that train wrote. Raises InputError."""
+    folder, name = records.FINETUNED / str(seed), f"models/finetuned/{seed}"
     try:
-        sources.check_model(records.FINETUNED, NAME)
+        sources.check_model(folder, name)
         from shared import encoders  # ten seconds of imports: after the check, so that its error comes at once
 
-        return encoders.load_encoder(records.FINETUNED, NAME)
+        return encoders.load_encoder(folder, name)
     except InputError as error:
         remedy = "`dvc checkout --force` brings the last one back, `dvc repro --force train` trains it again"
         raise InputError(f"{error}\n{remedy}") from error
 
 
-def gain(before: float, after: float) -> dict[str, float | None]:
-    """`absolute` in the metric's own unit; `relative` to the base's score (0.1 is 10%), None where that is 0."""
-    absolute = round(after - before, records.DIGITS)
-    return {"absolute": absolute, "relative": round(absolute / before, records.DIGITS) if before else None}
+def mean_metrics(by_seed: list[dict[str, float]]) -> dict[str, float]:
+    return {name: rounded(np.mean([own[name] for own in by_seed])) for name in by_seed[0]}
 
 
-def write_report(
-    params: Params, card: cards.Card, data: dict[str, Any], base: dict, reference: dict, finetuned: dict
-) -> str:
-    """The result as a person reads it: one table, then what was run on what."""
-    models = [
-        ("base", params.models.base, base),
-        ("reference", params.models.reference, reference),
-        ("fine-tuned", f"{params.models.base}, fine-tuned", finetuned),
+def numbered(labels: list[Any]) -> np.ndarray:
+    """A number from 0 on for each label, the same for the same."""
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(label, len(numbers)) for label in labels])
+
+
+def gain_over(model: str, views: dict[str, tuple[Ranks, np.ndarray]], metric: Metric) -> dict[str, Any]:
+    """What the fine-tuned model gains over `model`: by the primary metric, in each view of the test, by the others."""
+
+    def compare(view: str, metric: Metric) -> dict[str, float]:
+        ranks, clusters = views[view]
+        comparison = significance.compare(score(metric, ranks["finetuned"]), score(metric, ranks[model]), clusters)
+        return {name: rounded(value) for name, value in comparison._asdict().items()}
+
+    def means(view: str) -> dict[str, float]:
+        ranks, _ = views[view]
+        before, after = (rounded(score(metric, ranks[name]).mean()) for name in (model, "finetuned"))
+        return {"queries": ranks[model].shape[1], "before": before, "after": after}
+
+    ranks, _ = views["all"]
+    changes = (score(metric, ranks["finetuned"]) - score(metric, ranks[model])).mean(axis=0)
+    counts = {"wins": changes > 0, "ties": changes == 0, "losses": changes < 0}
+    return {
+        metric: compare("all", metric),
+        "queries": {name: int(chosen.sum()) for name, chosen in counts.items()},
+        **{view: means(view) | compare(view, metric) for view in views if view != "all"},
+        "secondary": {other: compare("all", other) for other in get_args(Metric) if other != metric},
+    }
+
+
+def spread(seeds: list[int], scores: np.ndarray) -> dict[str, Any]:
+    """Each seed's score by the primary metric and, where there are several, their mean and standard deviation."""
+    by_seed = {str(seed): rounded(own) for seed, own in zip(seeds, scores, strict=True)}
+    return by_seed | ({"mean": rounded(scores.mean()), "sd": rounded(scores.std(ddof=1))} if len(seeds) > 1 else {})
+
+
+def examples(
+    what: Literal["gained", "lost"],
+    changes: np.ndarray,
+    test: list[Row],
+    corpus: dict[str, str],
+    rankings: dict[str, list[Ranking]],
+    ranks: Ranks,
+) -> list[dict[str, Any]]:
+    """The queries that gained (or lost) most, as `shared.report` shows them; of several seeds, with the first one's."""
+    sign = 1 if what == "gained" else -1
+    change, before, after = sign * changes.mean(axis=0), ranks["base"][0], ranks["finetuned"][0]
+    # Many change by the same score: then those first whose passage moved farthest.
+    farthest = sign * (1 / after - 1 / before)
+    most = [i for i in np.lexsort((-farthest, -change))[:EXAMPLES] if change[i] > 0]
+    first = {
+        model: {ranking["query_id"]: ranking["results"][0]["corpus_id"] for ranking in rankings[model][0]}
+        for model in ("base", "finetuned")
+    }
+    return [
+        {
+            "query": test[i]["anchor"],
+            "passage": test[i]["positive"],
+            "before": before[i],
+            "after": after[i],
+            "first_before": None if before[i] == 1 else corpus[first["base"][test[i]["id"]]],
+            "first_after": None if after[i] == 1 else corpus[first["finetuned"][test[i]["id"]]],
+        }
+        for i in most
     ]
-    table = tabulate(
-        [
-            [role, name, scores["mrr@10"], scores["ndcg@10"], "" if role == "base" else change(base, scores)]
-            for role, name, scores in models
-        ],
-        headers=["", "model", "MRR@10", "NDCG@10", "change in NDCG@10"],
-        tablefmt="github",
-        floatfmt=".4f",
-    )
-    rows, train = data["rows"], params.train
-    arguments = "".join(f", {name} {value}" for name, value in train.arguments.items())
-    return f"""# Result
-
-{table}
-
-{rows["test"]:,} test queries over {data["passages"]:,} passages; change is against the base model. With so many \
-queries a score is known to ±{widest_interval(rows["test"]):.3f} or better (95%).
-
-**Data** `{data["card"]}`: {card.title}. Revision {data["revision"]}; {rows["train"]:,} training, \
-{rows["validation"]:,} validation and {rows["test"]:,} test rows.
-Licence: {card.licence}. Source: {card.citation}.
-
-**Training** MultipleNegativesRankingLoss, learning rate {train.learning_rate:g}, {train.epochs:g} epoch(s), batch \
-{train.batch_size}, warm-up {train.warmup:g}, precision {train.precision}, seed {train.seed}{arguments}. The \
-validation rows chose the checkpoint.
-"""
 
 
-def widest_interval(queries: int) -> float:
-    """Half of the 95% interval of a mean of scores between 0 and 1, whose standard deviation is 0.5 at the most."""
-    return 1.96 * 0.5 / queries**0.5
-
-
-def change(base: dict[str, float], scores: dict[str, float]) -> str:
-    """The change in NDCG@10 in words: "+0.0420 (+7.1%)"."""
-    by = gain(base["ndcg@10"], scores["ndcg@10"])
-    return f"{by['absolute']:+.4f}" + ("" if by["relative"] is None else f" ({by['relative']:+.1%})")
+def rank_table(
+    test: list[Row], clusters: np.ndarray, ranks: Ranks, seeds: list[int]
+) -> tuple[list[str], list[list[Any]]]:
+    """Header and rows of ranks.csv: enough to compare two commits query by query, from Git alone. Empty: not found."""
+    columns = {"base": ranks["base"][0], "reference": ranks["reference"][0]}
+    columns |= {f"finetuned-{seed}": own for seed, own in zip(seeds, ranks["finetuned"], strict=True)}
+    rows = [
+        [row["id"], clusters[i], *("" if np.isinf(own[i]) else int(own[i]) for own in columns.values())]
+        for i, row in enumerate(test)
+    ]
+    return ["query_id", "cluster", *columns], rows
 
 
 if __name__ == "__main__":

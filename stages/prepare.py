@@ -1,7 +1,7 @@
 """Prepare: from the source that a data card names to clean (anchor, positive) rows in three splits and one corpus.
 
 Reads   data/cards/<prepare.card>.yaml and what it names
-Writes  data/prepared/{train,validation,test,corpus}.jsonl, metrics/data.json
+Writes  data/prepared/{train,validation,test,corpus,near_duplicates}.jsonl, metrics/data.json
 """
 
 import re
@@ -19,6 +19,7 @@ from shared.params import PrepareParams, nearest, read_params
 from shared.records import Row
 
 SPLITS = ("train", "validation", "test")
+COMPARED_AT_ONCE = 256  # test rows; with 100,000 others 100 MB
 
 
 def main() -> None:
@@ -33,11 +34,13 @@ def main() -> None:
     assign_documents(rows, params.merge_identical_passages)
     splits = split_rows(rows, params)
     corpus = {row["document_id"]: row["positive"] for row in rows}
+    similar = near_duplicates(splits["test"], splits["train"] + splits["validation"], params.near_duplicate_similarity)
 
     for split in SPLITS:
         contract = [{field: row[field] for field in records.ROW_FIELDS} for row in splits[split]]
         records.write_jsonl(records.PREPARED / f"{split}.jsonl", contract)
     records.write_jsonl(records.PREPARED / "corpus.jsonl", ({"id": id, "text": text} for id, text in corpus.items()))
+    records.write_jsonl(records.PREPARED / "near_duplicates.jsonl", similar)
     summary = {
         "card": params.card,
         "revision": source.revision,
@@ -48,6 +51,12 @@ def main() -> None:
         "repeated_passages": len(rows) - len({row["positive"] for row in rows}),
         "repeated_queries": len(rows) - len({row["anchor"] for row in rows}),
         "overlap": overlaps(splits),
+        # Test rows whose query or passage (and in `rows`, either) nearly stands in the training or validation rows.
+        "near_duplicates": {
+            "queries": len({row["id"] for row in similar if row["column"] == "anchor"}),
+            "passages": len({row["id"] for row in similar if row["column"] == "positive"}),
+            "rows": len({row["id"] for row in similar}),
+        },
     }
     records.write_json(records.METRICS / "data.json", summary)
     sizes = ", ".join(f"{len(splits[split]):,} {split}" for split in SPLITS)
@@ -168,6 +177,8 @@ def split_rows(rows: list[dict[str, Any]], params: PrepareParams) -> dict[str, l
                 f"the {split} split is empty: {len(rows)} usable rows in {groups} groups that share no text are too few"
                 " for prepare.test_fraction and prepare.validation_fraction; give more rows"
             )
+    if len({row["positive"] for row in splits["test"]}) < 2:
+        raise InputError("the test split has one passage only, which tells nothing of others; give more rows")
     return splits
 
 
@@ -207,6 +218,32 @@ def overlaps(splits: dict[str, list[Row]]) -> dict[str, dict[str, int]]:
         }
         for one, other in combinations(SPLITS, 2)
     }
+
+
+def near_duplicates(test: list[Row], others: list[Row], similarity: float) -> list[dict[str, Any]]:
+    """For each test row and column, the other row whose text is most alike, where it is `similarity` alike or more.
+
+    That is the Jaccard similarity, 0 to 1, of the texts' sets of three-letter sequences. Every pair is compared.
+    Rows {"id", "column", "text", "similarity", "other_id", "other_text"}.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer  # two seconds of imports: after the checks of the rows
+
+    found = []
+    for column in ("anchor", "positive"):
+        counter = CountVectorizer(analyzer="char_wb", ngram_range=(3, 3), binary=True, dtype=np.float32)
+        sequences = counter.fit_transform([row[column] for row in test + others])
+        sizes = np.asarray(sequences.sum(axis=1)).ravel()
+        other_sequences, other_sizes = sequences[len(test) :], sizes[len(test) :]
+        for start in range(0, len(test), COMPARED_AT_ONCE):
+            rows = slice(start, min(start + COMPARED_AT_ONCE, len(test)))
+            shared = (sequences[rows] @ other_sequences.T).toarray()
+            alike = shared / (sizes[rows, None] + other_sizes - shared)
+            for row, best, value in zip(test[rows], alike.argmax(axis=1), alike.max(axis=1), strict=True):
+                if value >= similarity:
+                    other = {"other_id": others[best]["id"], "other_text": others[best][column]}
+                    text = {"id": row["id"], "column": column, "text": row[column]}
+                    found.append(text | {"similarity": round(float(value), 3)} | other)
+    return found
 
 
 def mean_words(rows: list[Row], column: str) -> float:

@@ -1,15 +1,15 @@
 """Train: fine-tune the base model on (anchor, positive) pairs with in-batch negatives; validation rows choose.
 
+Usage   python stages/train.py SEED   (one of train.seeds in params.yaml)
 Reads   data/prepared/{train,validation,corpus}.jsonl, models.base
-Writes  models/finetuned, metrics/curves/{loss,validation}.csv
+Writes  models/finetuned/<seed>/, metrics/train/<seed>.json, metrics/curves/<seed>/{loss,validation}.csv
         models/scratch/<fingerprint>/: checkpoints (until the run ends) and TensorBoard logs; nobody's output
 """
 
-import csv
+import argparse
 import dataclasses
 import hashlib
 import importlib.metadata
-import io
 import json
 import math
 import os
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 
 SCRATCH = ROOT / "models/scratch"
-CURVES = records.METRICS / "curves"
-METRIC = "ndcg@10"  # what chooses the checkpoint
 # The library's arguments that have a plain name in params.yaml.
 PLAIN_NAMES = {
     "learning_rate": "learning_rate",
@@ -41,7 +39,7 @@ PLAIN_NAMES = {
     "eval_steps": "evaluations",
     "save_steps": "evaluations",
     "save_total_limit": "checkpoints",
-    "seed": "seed",
+    "seed": "seeds",
 }
 # Arguments on which the promises of this stage rest: one score an evaluation, and the same model after a cut.
 SET_BY_THE_PIPELINE = {
@@ -57,7 +55,12 @@ SET_BY_THE_PIPELINE = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("seed", type=int)
+    seed = parser.parse_args().seed
     params = read_params()
+    if seed not in params.train.seeds:
+        raise InputError(f"params.yaml: train.seeds is {params.train.seeds}, which has no {seed}; add it there first")
     train, validation, corpus = records.read_split("train"), records.read_split("validation"), records.read_corpus()
     base = sources.model_folder(params.models.base, "base")
 
@@ -66,18 +69,19 @@ def main() -> None:
     from sentence_transformers import SentenceTransformerTrainer
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    from shared import encoders, retrieval
+    from shared import encoders, environment, retrieval
 
     # 1. The model, and how good it is before training.
-    scratch = SCRATCH / fingerprint(params, base)
-    arguments = training_arguments(params.train, scratch)
+    metric = params.evaluate.primary_metric
+    scratch = SCRATCH / fingerprint(params, seed, base)
+    arguments = training_arguments(params.train, seed, scratch)
     model = encoders.load_encoder(base, params.models.base)
     evaluator = retrieval.make_evaluator(
         validation, corpus, params.evaluate.batch_size, "validation", keep_rankings=False
     )
-    score_name = f"validation_{model.similarity_fn_name}_{METRIC}"
+    score_name = f"validation_{model.similarity_fn_name}_{metric}"
     score_before = evaluator(model)[score_name]
-    print(f"{params.models.base}: validation NDCG@10 {score_before:.4f} before training")
+    print(f"{params.models.base}: validation {metric} {score_before:.4f} before training")
 
     # 2. The data: the loss takes the first column as the query and every further column as a passage.
     pairs = Dataset.from_list([{"anchor": row["anchor"], "positive": row["positive"]} for row in train])
@@ -100,24 +104,31 @@ def main() -> None:
     # 4. The checkpoint that validation prefers becomes the model.
     state = trainer.state
     best = scratch / f"checkpoint-{state.best_global_step}"
-    save_model(encoders.load_encoder(best, best.name), scratch)
-    history = state.log_history
-    loss = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    scores = [(entry["step"], entry[f"eval_{score_name}"]) for entry in history if f"eval_{score_name}" in entry]
-    write_curve(CURVES / "loss.csv", "loss", loss)
-    write_curve(CURVES / "validation.csv", METRIC, [(0, score_before), *scores])
+    save_model(encoders.load_encoder(best, best.name), scratch, records.FINETUNED / str(seed))
+    loss, scores = (
+        [(entry["step"], records.rounded(entry[name])) for entry in state.log_history if name in entry]
+        for name in ("loss", f"eval_{score_name}")
+    )
+    curves = records.CURVES / str(seed)
+    records.write_csv(curves / "loss.csv", ["step", "loss"], loss)
+    records.write_csv(curves / "validation.csv", ["step", metric], [(0, records.rounded(score_before)), *scores])
+    chosen = {metric: records.rounded(state.best_metric), "step": state.best_global_step}
+    records.write_json(
+        records.METRICS / f"train/{seed}.json", {"validation": chosen, "environment": environment.describe()}
+    )
     remove_checkpoints(scratch)
-    print(f"models/finetuned: validation NDCG@10 {state.best_metric:.4f} at step {state.best_global_step}")
+    print(f"models/finetuned/{seed}: validation {metric} {state.best_metric:.4f} at step {state.best_global_step}")
 
 
-def fingerprint(params: Params, base: Path) -> str:
+def fingerprint(params: Params, seed: int, base: Path) -> str:
     """Names all that the run depends on: params, data, code and versions. A checkpoint serves only the same run."""
     code = [Path(__file__), *sorted((ROOT / "stages/shared").glob("*.py"))]
     data = [records.PREPARED / f"{name}.jsonl" for name in ("train", "validation", "corpus")]
     packages = ("torch", "transformers", "sentence-transformers", "accelerate", "datasets")
     digest = hashlib.sha256()
-    digest.update(params.train.model_dump_json().encode())
-    digest.update(params.evaluate.model_dump_json().encode())
+    digest.update(params.train.model_dump_json(exclude={"seeds"}).encode())
+    digest.update(params.evaluate.model_dump_json(exclude={"minimum_gain"}).encode())
+    digest.update(f"seed {seed}".encode())
     digest.update(str(choose_precision(params.train.precision)).encode())
     digest.update(" ".join(f"{name}=={importlib.metadata.version(name)}" for name in packages).encode())
     for path in code + data + sorted(path for path in base.rglob("*") if path.is_file()):
@@ -125,7 +136,7 @@ def fingerprint(params: Params, base: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def training_arguments(train: TrainParams, scratch: Path) -> "SentenceTransformerTrainingArguments":
+def training_arguments(train: TrainParams, seed: int, scratch: Path) -> "SentenceTransformerTrainingArguments":
     """The library's arguments: what params.yaml names, this pipeline's own, then train.arguments. Raises InputError."""
     import torch
     from sentence_transformers import SentenceTransformerTrainingArguments
@@ -138,7 +149,7 @@ def training_arguments(train: TrainParams, scratch: Path) -> "SentenceTransforme
         "num_train_epochs": train.epochs,
         "per_device_train_batch_size": train.batch_size,
         "warmup_steps": train.warmup,  # a float below 1 is a share of all steps
-        "seed": train.seed,
+        "seed": seed,
         "eval_strategy": "steps",
         "eval_steps": share,
         "save_strategy": "steps",
@@ -237,26 +248,19 @@ def remove_checkpoints(scratch: Path) -> None:
         shutil.rmtree(path)
 
 
-def save_model(model: "SentenceTransformer", scratch: Path) -> None:
-    """models/finetuned, whole or not at all; the same weights give the same bytes."""
+def save_model(model: "SentenceTransformer", scratch: Path, folder: Path) -> None:
+    """The model's folder, whole or not at all; the same weights give the same bytes."""
     temporary = scratch / "model"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(str(temporary), create_model_card=False)  # a card would hold dates and random samples
         for path in temporary.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes 0600, which a shared cache cannot serve
-        shutil.rmtree(records.FINETUNED, ignore_errors=True)
-        temporary.rename(records.FINETUNED)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_curve(path: Path, column: str, points: list[tuple[int, float]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["step", column])
-    writer.writerows((step, round(value, records.DIGITS)) for step, value in points)
-    records.write_text(path, text.getvalue())
 
 
 if __name__ == "__main__":

@@ -74,6 +74,11 @@ def contents(repo) -> dict[Path, bytes]:
         ("train.epochs", 0, ["train.epochs is 0", "greater than 0"]),
         ("train.learning_rate", 5.0, ["train.learning_rate is 5.0", "less than 1"]),
         ("train.batch_size", 1, ["train.batch_size is 1", "greater than or equal to 2"]),
+        ("train.seeds", [], ["train.seeds is []", "at least 1 item"]),
+        ("train.seeds", [42, 42], ["train.seeds is [42, 42]", "each seed stands once"]),
+        ("train.seeds", [-1], ["train.seeds.0 is -1", "greater than or equal to 0"]),
+        ("evaluate.primary_metric", "ndcg@5", ["evaluate.primary_metric is 'ndcg@5'", "'ndcg@10'"]),
+        ("evaluate.minimum_gain", 2.0, ["evaluate.minimum_gain", "less than or equal to 1"]),
         ("train.batch_size", True, ["train.batch_size is True", "integer"]),
         ("train.precision", "fp8", ["train.precision is 'fp8'", "'auto', 'fp32', 'bf16' or 'fp16'"]),
         ("prepare.test_fraction", 1.5, ["prepare.test_fraction is 1.5", "less than 1"]),
@@ -191,7 +196,8 @@ def test_packages(repo):
 
 
 def test_stages_say_what_they_miss(repo):
-    assert "dvc repro prepare" in error_of(repo, "python", "stages/train.py")
+    assert "train.seeds is [42], which has no 7" in error_of(repo, "python", "stages/train.py", "7")
+    assert "dvc repro prepare" in error_of(repo, "python", "stages/train.py", "42")
     prepare_own_files(repo)
     (repo.folder / "data/prepared/test.jsonl").write_text('{"id": "1"}\n')
     assert "test.jsonl is damaged" in error_of(repo, "python", "stages/baseline_eval.py", "base")
@@ -246,7 +252,7 @@ def test_training_arguments(changed, words, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     params = read_params().train.model_copy(update=changed)
     with pytest.raises(InputError) as error:
-        training_arguments(params, tmp_path)
+        training_arguments(params, 42, tmp_path)
     assert all(word in str(error.value) for word in words), error.value
 
 
@@ -260,16 +266,16 @@ def test_loss_that_is_not_a_number(repo, static_model, tmp_path):
     save_file({name: torch.full_like(tensor, 3e38) for name, tensor in load_file(weights).items()}, weights)
     prepare_own_files(repo)
     repo.set(**{"models.base": str(tmp_path / "model")})
-    message = error_of(repo, "python", "stages/train.py")
+    message = error_of(repo, "python", "stages/train.py", "42")
     assert "the loss is nan at step" in message
     assert "learning_rate" in message
 
 
 def test_disk_full_while_saving(repo, static_model):
     prepare_own_files(repo)
-    shutil.copytree(static_model, repo.folder / "models/finetuned")  # an older one, which stays as it is
+    shutil.copytree(static_model, repo.folder / "models/finetuned/42")  # an older one, which stays as it is
     # A limit on the size of a file stands for the full disk: the model is larger, everything else is not.
-    limited = "ulimit -f 1000; exec python stages/train.py"
+    limited = "ulimit -f 1000; exec python stages/train.py 42"
     assert "the disk is full" in error_of(repo, "bash", "-c", limited, "train.py")
 
 
@@ -277,10 +283,12 @@ def test_damaged_finetuned_model(repo, static_model):
     prepare_own_files(repo)
     for name in ("base", "reference"):
         (repo.folder / f"metrics/{name}.json").write_text("{}\n")
+        ranking = repo.folder / f"data/rankings/{name}.jsonl"
+        ranking.write_text('{"query_id": "1", "query": "q", "results": []}\n')
     assert "dvc repro --force train" in error_of(repo, "python", "stages/final_eval.py")
-    shutil.copytree(static_model, repo.folder / "models/finetuned")
-    (weights,) = (repo.folder / "models/finetuned").rglob("*.safetensors")
+    shutil.copytree(static_model, repo.folder / "models/finetuned/42")
+    (weights,) = (repo.folder / "models/finetuned/42").rglob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
     message = error_of(repo, "python", "stages/final_eval.py")
-    assert message.startswith("models/finetuned is no model")
+    assert message.startswith("models/finetuned/42 is no model")
     assert "dvc checkout --force" in message

@@ -9,12 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree
 from pathlib import Path
+from typing import get_args
 
 import ir_measures
 import pytest
+import yaml
 
-ALL_STAGES = ["prepare", "baseline_eval@base", "baseline_eval@reference", "train", "final_eval"]
+from shared.params import Metric
+from shared.report import PICTURES
+
+ALL_STAGES = ["prepare", "baseline_eval@base", "baseline_eval@reference", "train@42", "final_eval"]
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +52,14 @@ def digest(folder: Path) -> str:
 
 def test_training_gains_and_the_gain_is_the_difference(repo):
     base, finetuned, gain = read(repo, "base.json"), read(repo, "finetuned.json"), read(repo, "gain.json")
-    validation = list(csv.DictReader((repo.folder / "metrics/curves/validation.csv").open()))
+    validation = list(csv.DictReader((repo.folder / "metrics/curves/42/validation.csv").open()))
     assert max(float(row["ndcg@10"]) for row in validation[1:]) > float(validation[0]["ndcg@10"])
-    assert base.keys() == finetuned.keys() == gain.keys() >= {"accuracy@1", "recall@10", "ndcg@10", "mrr@10", "map@100"}
-    for metric in base:
-        assert gain[metric]["absolute"] == pytest.approx(finetuned[metric] - base[metric], abs=1e-6)
+    assert base.keys() == finetuned.keys() >= {"accuracy@1", "recall@10", "ndcg@10", "mrr@10", "map@100"}
+    over_base = gain["over_base"]
+    assert set(over_base["secondary"]) == set(get_args(Metric)) - {"ndcg@10"}
+    for metric, one in (over_base["secondary"] | {"ndcg@10": over_base["ndcg@10"]}).items():
+        assert one["gain"] == pytest.approx(finetuned[metric] - base[metric], abs=2e-6)
+        assert one["low"] < one["gain"] < one["high"]
     report = (repo.folder / "metrics/report.md").read_text()
     assert f"{finetuned['ndcg@10']:.4f}" in report
     assert f"{read(repo, 'reference.json')['ndcg@10']:.4f}" in report
@@ -61,7 +70,7 @@ def test_an_independent_scorer_agrees(repo, model):
     qrels = [ir_measures.Qrel(row["id"], row["document_id"], 1) for row in rows(repo, "prepared/test.jsonl")]
     run = [
         ir_measures.ScoredDoc(ranking["query_id"], result["corpus_id"], -place)
-        for ranking in rows(repo, f"rankings/{model}.jsonl")
+        for ranking in rows(repo, f"rankings/{'finetuned/42' if model == 'finetuned' else model}.jsonl")
         for place, result in enumerate(ranking["results"])
     ]
     measures = {
@@ -78,25 +87,84 @@ def test_an_independent_scorer_agrees(repo, model):
         assert ours[name] == pytest.approx(theirs[measure], abs=1e-6), name
 
 
+def test_the_test_is_also_scored_without_near_duplicates_and_one_document_a_row(repo):
+    data, over_base = read(repo, "data.json"), read(repo, "gain.json")["over_base"]
+    assert over_base["queries"].keys() == {"wins", "ties", "losses"}
+    assert sum(over_base["queries"].values()) == data["rows"]["test"]
+    unseen = over_base["without_near_duplicates"]
+    assert unseen["queries"] == data["rows"]["test"] - data["near_duplicates"]["rows"]
+    assert 0 < over_base["one_document_a_row"]["after"] < read(repo, "finetuned.json")["ndcg@10"]
+    report = (repo.folder / "metrics/report.md").read_text()
+    for one in (unseen, over_base["one_document_a_row"]):
+        assert f"{one['before']:.4f} |       {one['after']:.4f} | {one['gain']:+.3f}" in report
+
+
+def test_the_report_shows_queries_with_what_was_found_first(repo):
+    report = (repo.folder / "metrics/report.md").read_text()
+    examples = re.findall(r"\d\. `(.+)`: (\S+|not found) → (\S+|not found)\n   - right: `(.+?)…?`", report)
+    assert len(examples) == 10
+    passages = {row["anchor"]: row["positive"] for row in rows(repo, "prepared/test.jsonl")}
+    for query, before, after, passage in examples[:5]:
+        assert passages[query].startswith(passage)
+        assert before == "not found" or int(after) < int(before)
+    first = {ranking["query"]: ranking["results"][0]["corpus_id"] for ranking in rows(repo, "rankings/base.jsonl")}
+    corpus = {row["id"]: row["text"] for row in rows(repo, "prepared/corpus.jsonl")}
+    shown = re.search(r"first before: `(.+?)…?`", report)[1]
+    assert corpus[first[examples[0][0]]].startswith(shown)
+
+
+def test_pictures_are_whole_and_follow_the_readers_theme(repo):
+    assert {path.stem for path in (repo.folder / "metrics/plots").iterdir()} == set(PICTURES)
+    for name in PICTURES:
+        picture = (repo.folder / f"metrics/plots/{name}.svg").read_text()
+        assert xml.etree.ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
+        assert "prefers-color-scheme: dark" in picture
+        assert f"plots/{name}.svg" in (repo.folder / "metrics/report.md").read_text()
+
+
 def test_a_second_repro_does_nothing(repo):
     assert stages_run(repo, "dvc", "repro") == []
 
 
 def test_a_changed_param_reruns_what_depends_on_it_and_shows_in_every_comparison(repo):
-    assert stages_run(repo, "dvc", "exp", "run", "-S", "train.learning_rate=3e-2") == ["train", "final_eval"]
+    assert stages_run(repo, "dvc", "exp", "run", "-S", "train.learning_rate=3e-2") == ["train@42", "final_eval"]
     diff = json.loads(repo.run("dvc", "metrics", "diff", "--json").stdout)
-    assert diff["metrics/gain.json"]["ndcg@10.absolute"]["diff"] != 0
+    assert diff["metrics/gain.json"]["over_base.ndcg@10.gain"]["diff"] != 0
     assert "metrics/finetuned.json" in diff
     assert "metrics/base.json" not in diff
     params = json.loads(repo.run("dvc", "params", "diff", "--json").stdout)
     assert params["params.yaml"]["train.learning_rate"]["new"] == pytest.approx(0.03)
     assert "train.learning_rate" in repo.run("dvc", "exp", "show", "--csv").stdout
-    repo.run("dvc", "plots", "show")
+    repo.run("dvc", "plots", "diff", "HEAD")
     page = (repo.folder / "dvc_plots/index.html").read_text()
     assert "Training loss" in page
     assert "validation rows" in page
+    for name in PICTURES:
+        assert {f"static/HEAD_metrics_plots_{name}.svg", f"static/workspace_metrics_plots_{name}.svg"} <= set(
+            re.findall(r'src="(.+?)"', page)
+        )
     repo.run("git", "checkout", "--quiet", ".")
     repo.run("dvc", "checkout", "--force")
+
+
+def test_a_seed_added_trains_that_one_only_and_a_seed_removed_leaves_no_trace(repo):
+    lock, metrics = final_eval_lock(repo), digest(repo.folder / "metrics")
+    one = read(repo, "finetuned.json")
+    assert stages_run(repo, "dvc", "exp", "run", "-S", "train.seeds=[42,43]") == ["train@43", "final_eval"]
+    seeds, both = read(repo, "gain.json")["seeds"], read(repo, "finetuned.json")
+    assert seeds["42"] == one["ndcg@10"] != seeds["43"]
+    assert seeds["mean"] == both["ndcg@10"] == pytest.approx((seeds["42"] + seeds["43"]) / 2, abs=1e-6)
+    assert seeds["sd"] == pytest.approx(abs(seeds["42"] - seeds["43"]) / 2**0.5, abs=1e-6)
+    assert f"43 {seeds['43']:.4f}" in (repo.folder / "metrics/report.md").read_text()
+    repo.set(**{"train.seeds": [42]})
+    assert stages_run(repo, "dvc", "repro") == ["final_eval"]
+    assert (final_eval_lock(repo), digest(repo.folder / "metrics")) == (lock, metrics)
+    repo.run("git", "checkout", "--quiet", ".")
+    repo.run("dvc", "checkout", "--force")
+
+
+def final_eval_lock(repo) -> dict:
+    return yaml.safe_load((repo.folder / "dvc.lock").read_text())["stages"]["final_eval"]
 
 
 def test_a_changed_reference_scores_no_other_baseline(repo, static_model):
@@ -114,7 +182,7 @@ def test_a_clone_without_data_shows_results_and_differences(repo, tmp_path):
     shown = json.loads(repo.run("dvc", "metrics", "show", "--json", cwd=clone).stdout)
     assert shown[""]["data"]["metrics/finetuned.json"]["data"] == read(repo, "finetuned.json")
     gain = json.loads((clone / "metrics/gain.json").read_text())
-    gain["ndcg@10"]["absolute"] = 0.5
+    gain["over_base"]["ndcg@10"]["gain"] = 0.5
     (clone / "metrics/gain.json").write_text(json.dumps(gain))
     assert "0.5" in repo.run("dvc", "metrics", "diff", "--md", cwd=clone).stdout
     assert "train.learning_rate" in repo.run("dvc", "exp", "show", "--csv", cwd=clone).stdout
@@ -124,7 +192,7 @@ def test_a_clone_without_data_shows_results_and_differences(repo, tmp_path):
 
 def test_the_same_params_give_the_same_bytes_from_any_folder(repo, tmp_path):
     before = digest(repo.folder / "models/finetuned"), digest(repo.folder / "metrics")
-    for script in (["train.py"], ["baseline_eval.py", "base"], ["final_eval.py"]):
+    for script in (["train.py", "42"], ["baseline_eval.py", "base"], ["final_eval.py"]):
         repo.run("python", str(repo.folder / "stages" / script[0]), *script[1:], cwd=tmp_path)
     assert (digest(repo.folder / "models/finetuned"), digest(repo.folder / "metrics")) == before
 
@@ -135,14 +203,14 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(make_repo):
     )
     repo.run("python", "stages/prepare.py")
     (repo.folder / "data/prepared/test.jsonl").unlink()  # training never looks at test rows
-    training = repo.run("python", "stages/train.py")
+    training = repo.run("python", "stages/train.py", "42")
     assert "usually expected at index" not in training.stderr  # the library's warning where the query is not first
     undisturbed = digest(repo.folder / "models/finetuned"), digest(repo.folder / "metrics/curves")
     shutil.rmtree(repo.folder / "models/finetuned")
     shutil.rmtree(repo.folder / "models/scratch")
 
     training = subprocess.Popen(
-        [sys.executable, "stages/train.py"], cwd=repo.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "stages/train.py", "42"], cwd=repo.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     while training.poll() is None and not list(repo.folder.glob("models/scratch/*/checkpoint-*/trainer_state.json")):
         time.sleep(0.05)
@@ -150,6 +218,6 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(make_repo):
     training.wait()
     assert not (repo.folder / "models/finetuned").exists()
 
-    assert "going on from" in repo.run("python", "stages/train.py").stdout
+    assert "going on from" in repo.run("python", "stages/train.py", "42").stdout
     assert (digest(repo.folder / "models/finetuned"), digest(repo.folder / "metrics/curves")) == undisturbed
     assert not list(repo.folder.glob("models/scratch/*/checkpoint-*"))

@@ -4,7 +4,16 @@ import random
 
 import pytest
 
-from prepare import assign_documents, clean_rows, clean_text, drop_rows, group_ids, overlaps, split_rows
+from prepare import (
+    assign_documents,
+    clean_rows,
+    clean_text,
+    drop_rows,
+    group_ids,
+    near_duplicates,
+    overlaps,
+    split_rows,
+)
 from shared.cards import Columns, Part, Source
 from shared.errors import InputError
 from shared.params import read_params
@@ -71,6 +80,50 @@ def test_splits_of_the_card_are_kept_and_their_overlaps_counted(params):
     assert sum(between[pair]["queries"] for pair in ("train_test", "validation_test")) == 2
     assert sum(between[pair]["passages"] for pair in ("train_test", "validation_test")) == 2
     assert between["train_validation"] == {"queries": 0, "passages": 0}
+
+
+def test_near_duplicates_of_test_rows_are_found_by_query_and_by_passage():
+    train = make_rows(
+        [
+            ("Absence of a permanent lower front tooth", "Agenesis of a lower incisor."),
+            ("Curved fingers", "Bowing of the digits"),
+            ("缺少一颗门牙的病人", "门牙缺失"),
+        ]
+    )
+    test = make_rows(
+        [
+            ("absence of a permanent upper front tooth", "A tooth is missing."),
+            ("Bent toes", "agenesis of a lower  incisor."),
+            ("Curved lips", "Nothing alike"),
+            ("缺少一颗门牙的病人", "Curved fingers"),
+        ]
+    )
+    found = near_duplicates(test, train, 0.7)
+    assert [(row["id"], row["column"], row["other_id"]) for row in found] == [
+        ("0", "anchor", "0"),
+        ("3", "anchor", "2"),
+        ("1", "positive", "0"),
+    ]
+    assert [row["similarity"] for row in found] == pytest.approx([0.8, 1, 1], abs=0.1)
+    assert found[0]["text"].startswith("absence")
+    assert found[0]["other_text"].startswith("Absence")
+    assert near_duplicates(test, train, 0.99) == found[1:]
+
+
+def test_near_duplicates_are_the_same_however_many_rows_are_compared_at_once(monkeypatch):
+    draw = random.Random(0)
+    words = ["heart", "lung", "bone", "small", "large", "absent", "pain", "skin"]
+    rows = make_rows([(" ".join(draw.choices(words, k=4)), " ".join(draw.choices(words, k=5))) for _ in range(90)])
+    whole = near_duplicates(rows[:40], rows[40:], 0.5)
+    monkeypatch.setattr("prepare.COMPARED_AT_ONCE", 7)
+    assert near_duplicates(rows[:40], rows[40:], 0.5) == whole
+    assert len(whole) > 20
+
+
+def test_a_test_split_of_one_passage_is_refused(params):
+    train = make_rows([(f"q{i}", f"p{i}") for i in range(50)], "train")
+    with pytest.raises(InputError, match="one passage only"):
+        split_rows(train + make_rows([("a", "same"), ("b", "same")], "test"), params)
 
 
 def test_identical_passages_are_one_document_or_one_a_row():

@@ -26,6 +26,7 @@ class Settings(BaseModel):
 
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
+Metric = Literal["ndcg@10", "mrr@10", "map@100", "accuracy@1", "accuracy@3", "accuracy@5", "accuracy@10"]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 
@@ -35,6 +36,7 @@ class PrepareParams(Settings):
     drop_empty_rows: bool
     validation_fraction: Annotated[float, Field(gt=0, lt=1)]
     test_fraction: Annotated[float, Field(gt=0, lt=1)]
+    near_duplicate_similarity: Annotated[float, Field(gt=0, le=1)]
     seed: Seed
 
 
@@ -65,7 +67,15 @@ class ModelsParams(Settings):
 
 
 class EvaluateParams(Settings):
+    primary_metric: Metric
+    minimum_gain: Annotated[float, Field(ge=-1, le=1)] | None
     batch_size: Annotated[int, Field(ge=1, le=65536)]
+
+
+def check_distinct(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("each seed stands once")
+    return seeds
 
 
 class TrainParams(Settings):
@@ -76,7 +86,7 @@ class TrainParams(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     evaluations: Annotated[int, Field(ge=1, le=1000)]
     checkpoints: Annotated[int, Field(ge=1, le=1000)]
-    seed: Seed
+    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(check_distinct)]
     arguments: dict[str, Any]
 
 

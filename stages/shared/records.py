@@ -4,11 +4,13 @@ train.jsonl, validation.jsonl, test.jsonl: rows {"id", "anchor", "positive", "do
 positive the passage that answers it. corpus.jsonl: rows {"id", "text"}, every passage of every split.
 """
 
+import csv
+import io
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shared.errors import InputError
 from shared.params import ROOT
@@ -16,10 +18,12 @@ from shared.params import ROOT
 PREPARED = ROOT / "data/prepared"
 METRICS = ROOT / "metrics"
 RANKINGS = ROOT / "data/rankings"
-FINETUNED = ROOT / "models/finetuned"
+CURVES = METRICS / "curves"  # of training: <seed>/{loss,validation}.csv
+FINETUNED = ROOT / "models/finetuned"  # one model a seed: <seed>/
 ROW_FIELDS = ("id", "anchor", "positive", "document_id")
 DOCUMENT_FIELDS = ("id", "text")
-DIGITS = 6  # of a metric; far below what any test set resolves, far above float noise
+NEAR_DUPLICATE_FIELDS = ("id", "column", "text", "similarity", "other_id", "other_text")
+RANKING_FIELDS = ("query_id", "query", "results")
 
 Row = dict[str, str]
 
@@ -34,17 +38,30 @@ def read_corpus() -> dict[str, str]:
     return {row["id"]: row["text"] for row in read_jsonl(PREPARED / "corpus.jsonl", DOCUMENT_FIELDS)}
 
 
-def read_jsonl(path: Path, fields: tuple[str, ...]) -> list[Row]:
+def read_ranking(model: Literal["base", "reference"]) -> list[dict[str, Any]]:
+    """data/rankings/<model>.jsonl. Raises InputError."""
+    return read_jsonl(RANKINGS / f"{model}.jsonl", RANKING_FIELDS, stage="baseline_eval")
+
+
+def read_near_duplicates() -> set[str]:
+    """Ids of the test rows that data/prepared/near_duplicates.jsonl lists. Raises InputError."""
+    path = PREPARED / "near_duplicates.jsonl"
+    return {row["id"] for row in read_jsonl(path, NEAR_DUPLICATE_FIELDS, may_be_empty=True)}
+
+
+def read_jsonl(
+    path: Path, fields: tuple[str, ...], stage: str = "prepare", may_be_empty: bool = False
+) -> list[dict[str, Any]]:
     name = path.relative_to(ROOT)
     try:
         with path.open(encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines]
-        if not rows or any(tuple(row) != fields for row in rows):
+        if not (rows or may_be_empty) or any(tuple(row) != fields for row in rows):
             raise ValueError
     except FileNotFoundError:
-        raise InputError(f"{name} is missing; `dvc repro prepare` writes it") from None
+        raise InputError(f"{name} is missing; `dvc repro {stage}` writes it") from None
     except (ValueError, TypeError):
-        raise InputError(f"{name} is damaged; `dvc repro --force prepare` writes it anew") from None
+        raise InputError(f"{name} is damaged; `dvc repro --force {stage}` writes it anew") from None
     return rows
 
 
@@ -55,6 +72,11 @@ def read_metrics(name: str) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         raise InputError(f"metrics/{name}.json is missing or damaged; `dvc repro` writes it anew") from None
+
+
+def rounded(value: float) -> float:
+    """To six digits: far below what any test set resolves, far above float noise."""
+    return round(float(value), 6)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -70,6 +92,14 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_csv(path: Path, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -11,12 +11,11 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from tqdm import tqdm
 
 from shared.errors import InputError
-from shared.records import DIGITS, Row
+from shared.records import Row, rounded
+from shared.scores import Ranking
 
 DEPTH = 100  # documents kept a query; MAP@100 is the deepest metric
 CUTOFFS = [1, 3, 5, 10]
-
-Ranking = dict[str, Any]  # {"query_id", "query", "results": [{"corpus_id", "score"}, ...]}, best first
 
 
 def make_evaluator(
@@ -85,4 +84,4 @@ def search_with_bm25(evaluator: InformationRetrievalEvaluator) -> tuple[dict[str
 
 
 def flat(scores: dict[str, Any]) -> dict[str, float]:
-    return {name: round(float(score), DIGITS) for name, score in scores.items()}
+    return {name: rounded(score) for name, score in scores.items()}

@@ -1,0 +1,29 @@
+"""Gate: fail where the gain over the base model may be smaller than evaluate.minimum_gain.
+
+For CI, and no stage of dvc.yaml: there it would stop the pipeline before the metrics can be read.
+
+Reads   params.yaml, metrics/gain.json
+"""
+
+from shared import records
+from shared.errors import InputError, run
+from shared.params import read_params
+
+
+def main() -> None:
+    evaluate = read_params().evaluate
+    metric, minimum = evaluate.primary_metric, evaluate.minimum_gain
+    if minimum is None:
+        print("evaluate.minimum_gain is null: no gain is asked for")
+        return
+    gain = records.read_metrics("gain")["over_base"].get(metric)
+    if gain is None:
+        raise InputError(f"metrics/gain.json does not have {metric} as the primary metric; run `dvc repro`")
+    words = f"the gain over the base model is {gain['gain']:+.4f} {metric}, 95% from {gain['low']:+.4f}"
+    if gain["low"] < minimum:
+        raise InputError(f"{words}, which is below evaluate.minimum_gain, {minimum:+g}")
+    print(f"{words}, and evaluate.minimum_gain asks for {minimum:+g}")
+
+
+if __name__ == "__main__":
+    run(main)

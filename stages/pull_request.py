@@ -1,0 +1,191 @@
+"""Pull request: what this branch does to the result, as the comment that CI posts. Needs Git alone, no data or models.
+
+Usage   python stages/pull_request.py [TARGET]   (what to compare with: a Git revision; main unless named)
+Reads   metrics/, params.yaml and dvc.lock, here and at TARGET
+"""
+
+import argparse
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+from ruamel.yaml import YAML
+from tabulate import tabulate
+
+from shared import records, report, significance
+from shared.errors import InputError, run
+from shared.params import ROOT, Metric, read_params
+from shared.scores import score
+
+MARK = "<!-- result of the pipeline -->"  # by which .github/workflows/pull-request.yml finds its earlier comment
+SHOWN = ["scores", "ranks"]  # of report.PICTURES; the others are a click away
+FOLDED = [name for name in report.PICTURES if name not in SHOWN]
+MODELS = {"base": "base", "reference": "reference", "finetuned": "fine-tuned"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", nargs="?", default="main")
+    target = parser.parse_args().target
+    metric = read_params().evaluate.primary_metric
+    if git("rev-parse", "--verify", "--quiet", f"{target}^{{commit}}") is None:
+        raise InputError(
+            f"there is no revision {target} to compare with; `git fetch --depth 1 origin {target}:{target}`"
+        )
+    text = written("metrics/report.md")
+    head, _, _ = text.removeprefix("# Result").partition(report.HEADLINE_END)
+
+    print(
+        f"""{MARK}
+## Result of this branch
+{without_pictures(head)}
+
+## Against `{target}`
+
+{verdict_against(target, metric)}
+
+{score_changes(target, metric)}
+
+{dvc_diff("params", target) or f"No param differs from `{target}`."}
+
+{environment_changes(target)}
+
+{pictures(target, SHOWN)}
+
+{folded("More pictures", pictures(target, FOLDED))}
+
+{folded("All metrics that differ", dvc_diff("metrics", target) or "None.")}
+
+{folded("The whole report", without_pictures(text))}"""
+    )
+
+
+def written(name: str) -> str:
+    """The file of this branch that the last run wrote. Raises InputError."""
+    try:
+        return (ROOT / name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{name} is missing; `dvc repro` writes it") from None
+
+
+def git(*arguments: str) -> str | None:
+    """What the Git command prints, or None where it fails."""
+    result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def json_at(target: str, name: str) -> dict[str, Any]:
+    """metrics/<name>.json at the revision; empty where it has none."""
+    return json.loads(git("show", f"{target}:metrics/{name}.json") or "{}")
+
+
+def dvc_diff(kind: str, target: str) -> str:
+    """The table of `dvc metrics diff` or `dvc params diff`; empty where nothing differs. Raises InputError."""
+    command = [sys.executable, "-m", "dvc", kind, "diff", target, "--md"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    if result.returncode:
+        raise InputError(f"`dvc {kind} diff {target}` failed: {result.stderr.strip()}")
+    lines = result.stdout.strip().splitlines()
+    head, rows = lines[:2], lines[2:]
+    head[0] = head[0].replace("workspace", "this branch")
+    return "\n".join(head + sorted(rows)) if rows else ""  # DVC's own order changes from run to run
+
+
+def verdict_against(target: str, metric: Metric) -> str:
+    """Whether this branch's fine-tuned model is better than the target's: a paired comparison, query by query."""
+    there = git("show", f"{target}:metrics/ranks.csv")
+    if there is None:
+        return f"`{target}` has no metrics/ranks.csv, so that the models cannot be compared query by query."
+    if test_data(written("dvc.lock")) != test_data(git("show", f"{target}:dvc.lock") or ""):
+        return "**The data differ**, so that the scores cannot be compared query by query, and not fairly at all."
+    clusters, after = finetuned_ranks(written("metrics/ranks.csv"))
+    _, before = finetuned_ranks(there)
+    if np.array_equal(after, before):
+        return f"This branch's fine-tuned model finds every query's passage where `{target}`'s does."
+    comparison = significance.compare(score(metric, after), score(metric, before), clusters)
+    words = report.verdict(comparison, metric, "This branch's fine-tuned model", f"`{target}`'s", len(clusters))
+    return f"**{words}**, p {report.p_in_words(comparison.p_value)}."
+
+
+def test_data(lock: str) -> str | None:
+    """The hash of data/prepared/ that a dvc.lock holds."""
+    stages = (YAML(typ="safe", pure=True).load(lock) or {}).get("stages", {})
+    outs = stages.get("prepare", {}).get("outs", [])
+    return next((out["md5"] for out in outs if out["path"] == "data/prepared"), None)
+
+
+def finetuned_ranks(table: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of a ranks.csv: each query's cluster, and the ranks of its passage, shape (seeds, queries)."""
+    rows = list(csv.DictReader(io.StringIO(table)))
+    seeds = [name for name in rows[0] if name.startswith("finetuned-")]
+    ranks = np.array([[float(row[seed] or "inf") for row in rows] for seed in seeds])
+    return np.array([int(row["cluster"]) for row in rows]), ranks
+
+
+def score_changes(target: str, primary: Metric) -> str:
+    metrics = list(dict.fromkeys([primary, "ndcg@10", "mrr@10", "accuracy@1", "accuracy@10"]))
+    rows = []
+    for model, name in MODELS.items():
+        here, there = records.read_metrics(model), json_at(target, model)
+        rows.append([name, *(change(there.get(metric), here[metric]) for metric in metrics)])
+    return tabulate(rows, headers=["", *map(report.title, metrics)], tablefmt="github", disable_numparse=True)
+
+
+def change(before: float | None, after: float) -> str:
+    if before is None or before == after:
+        return f"{after:.4f}"
+    return f"{before:.4f} → {after:.4f} ({after - before:+.4f})"
+
+
+def environment_changes(target: str) -> str:
+    here, there = records.read_metrics("environment"), json_at(target, "environment")
+    if not there:
+        return f"`{target}` does not record its environment."
+    changes = [
+        f"{name} {there.get(name, '(unknown)')} → {here[name]}" for name in here if here[name] != there.get(name)
+    ]
+    return f"Environment: {', '.join(changes)}." if changes else "Environment: the same."
+
+
+def pictures(target: str, names: list[str]) -> str:
+    """Each picture of this branch, beside the target's where that has another."""
+    text = []
+    for name in names:
+        path = f"metrics/plots/{name}.svg"
+        before, after = git("rev-parse", f"{target}:{path}"), git("hash-object", path)
+        shown = [picture(f"{report.PICTURES[name]}, this branch", path, "HEAD")]
+        if before is not None and before != after and remote_url():
+            shown.insert(0, picture(f"{report.PICTURES[name]}, {target}", path, target))
+        cells = "".join(f"<td>{one}</td>" for one in shown)
+        titles = f"<tr><th>{target}</th><th>this branch</th></tr>" if len(shown) == 2 else ""
+        text.append(f"<table>{titles}<tr>{cells}</tr></table>")
+    return "\n".join(text)
+
+
+def picture(description: str, path: str, revision: str) -> str:
+    url = f"{remote_url()}/raw/{git('rev-parse', revision)}/{path}" if remote_url() else path
+    return f'<img src="{url}" alt="{description}">'
+
+
+def remote_url() -> str | None:
+    """The repo's page on GitHub, from the remote `origin`; without what a remote may hold of a password."""
+    origin = git("remote", "get-url", "origin") or ""
+    match = re.fullmatch(r"(?:https://(?:[^@/]+@)?|(?:ssh://)?git@)(github[^/:]*)[/:](.+?)(?:\.git)?/?", origin)
+    return f"https://{match[1]}/{match[2]}" if match else None
+
+
+def without_pictures(text: str) -> str:
+    return re.sub(r"^!\[.*\n", "", text, flags=re.MULTILINE).strip()
+
+
+def folded(summary: str, text: str) -> str:
+    return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,20 @@
+"""What a run ran on. In metrics/, where a diff shows a change, and no stage depends on it."""
+
+import importlib.metadata
+import platform
+
+PACKAGES = ("torch", "transformers", "sentence-transformers", "accelerate")
+
+
+def describe() -> dict[str, str | int]:
+    """Versions, and what else moves a score in its last digits: the device and the processor's instructions."""
+    import torch
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name() if device and device.type == "cuda" else str(device or "cpu"),
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+    }

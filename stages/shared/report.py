@@ -1,0 +1,222 @@
+"""The result in words: metrics/report.md."""
+
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from shared.cards import Card
+from shared.params import Metric, Params
+from shared.significance import Comparison
+
+LONGEST_TEXT = 240  # characters of a passage in an example
+FEW_CLUSTERS = 50  # below, the bootstrap's interval is too narrow: with 30 it held the truth 92 times in 100, not 95
+HEADLINE_END = "## How sure"  # what stands before it is also the head of the pull request's comment
+PICTURES = {
+    "scores": "Scores of base, reference and fine-tuned model with 95% intervals",
+    "ranks": "Queries by the rank of their passage before and after",
+    "recall": "Recall at k from 1 to 100",
+    "length": "Gain over the base model by query length",
+    "training": "Training loss, and score on validation rows by step",
+}
+
+
+def title(metric: Metric) -> str:
+    """As people write it: NDCG@10, accuracy@1."""
+    return metric if metric.startswith("accuracy") else metric.upper()
+
+
+def verdict(comparison: Comparison, metric: Metric, model: str, other: str, queries: int) -> str:
+    """What the interval says: "It is better than the base model by 0.041 NDCG@10 (95% 0.022 to 0.060)"."""
+    gain, low, high, _ = comparison
+    if low > 0:
+        return f"{model} is better than {other} by {gain:.3f} {title(metric)} (95% {low:.3f} to {high:.3f})"
+    if high < 0:
+        return f"{model} is worse than {other} by {-gain:.3f} {title(metric)} (95% {-high:.3f} to {-low:.3f})"
+    return (
+        f"{model} and {other}: no difference that {queries:,} queries can show"
+        f" ({gain:+.3f} {title(metric)}, 95% {low:+.3f} to {high:+.3f})"
+    )
+
+
+def write_report(
+    params: Params,
+    card: Card,
+    data: dict[str, Any],
+    scores: dict[str, dict[str, float]],
+    intervals: dict[str, tuple[float, float]],
+    gains: dict[str, Any],
+    examples: dict[str, list[dict[str, Any]]],
+    clusters: int,
+    environment: dict[str, Any],
+) -> str:
+    """`scores` and `intervals` (of the primary metric) are by model: base, reference, finetuned; `gains` is gain.json;
+    `examples` holds lists of {"query", "passage", "before", "after", "first_before", "first_after"}, before and after
+    being ranks, and first_… None where it is the right passage; `clusters` counts the test rows' distinct passages.
+    """
+    metric, queries = params.evaluate.primary_metric, data["rows"]["test"]
+    few = "" if clusters >= FEW_CLUSTERS else f" **Only {clusters} passages: these intervals are too narrow.**"
+    return f"""# Result
+
+{headline(params, gains, queries)}{few}
+
+{score_table(params, scores, intervals)}
+
+{queries:,} test queries over {data["passages"]:,} passages. {near_duplicates_in_words(gains, data)}
+
+{picture("scores")}
+{picture("ranks")}
+
+{HEADLINE_END}
+
+{gain_table(metric, gains)}
+
+The primary metric was named before the run, in params.yaml; the others are for orientation, since of many metrics one \
+may differ by luck. Intervals: bootstrap over passages (queries with one passage stand or fall together)\
+{" and seeds" if len(params.train.seeds) > 1 else ""}; p: paired randomization test.
+
+{robustness_table(metric, gains)}
+{seeds_in_words(metric, gains)}
+{picture("recall")}
+{picture("length")}
+
+## What gained and what lost
+
+{example_list("gained", examples["gained"])}
+
+{example_list("lost", examples["lost"])}
+
+## What was run
+
+**Data** `{data["card"]}`: {card.title}. Revision {data["revision"]}; {data["rows"]["train"]:,} training, \
+{data["rows"]["validation"]:,} validation and {queries:,} test rows.
+Licence: {card.licence}. Source: {card.citation}.
+
+**Training** {training_in_words(params)} The validation rows chose the checkpoint.
+
+{picture("training")}
+
+**Environment** {", ".join(f"{name} {value}" for name, value in environment.items())}.
+"""
+
+
+def headline(params: Params, gains: dict[str, Any], queries: int) -> str:
+    metric, counts = params.evaluate.primary_metric, gains["over_base"]["queries"]
+    over_base, over_reference = (Comparison(**gains[f"over_{role}"][metric]) for role in ("base", "reference"))
+    reference = f"the reference ({params.models.reference})"
+    return (
+        f"**{verdict(over_base, metric, 'The fine-tuned model', 'the base model', queries)}.**"
+        f" {verdict(over_reference, metric, 'It', reference, queries)}. By {title(metric)} against the base model,"
+        f" {counts['wins']:,} queries gain, {counts['ties']:,} stay the same and {counts['losses']:,} lose."
+    )
+
+
+def near_duplicates_in_words(gains: dict[str, Any], data: dict[str, Any]) -> str:
+    view = gains["over_base"].get("without_near_duplicates")
+    without = f"; without them the gain is {gain_and_p(view)[0]}" if view else ""
+    return f"{data['near_duplicates']['rows']:,} of them nearly stand in the training or validation rows{without}."
+
+
+def picture(name: str) -> str:
+    return f"![{PICTURES[name]}](plots/{name}.svg)"
+
+
+def score_table(params: Params, scores: dict[str, dict[str, float]], intervals: dict[str, tuple[float, float]]) -> str:
+    primary = params.evaluate.primary_metric
+    others = [metric for metric in ("ndcg@10", "mrr@10", "accuracy@1", "accuracy@10") if metric != primary]
+    names = {
+        "base": ("base", params.models.base),
+        "reference": ("reference", params.models.reference),
+        "finetuned": ("fine-tuned", f"{params.models.base}, fine-tuned"),
+    }
+    rows = [
+        [*names[model], own[primary], "{:.3f} to {:.3f}".format(*intervals[model]), *(own[metric] for metric in others)]
+        for model, own in scores.items()
+    ]
+    return table(rows, ["", "model", title(primary), "95% interval", *map(title, others)])
+
+
+def gain_table(primary: Metric, gains: dict[str, Any]) -> str:
+    over = gains["over_base"], gains["over_reference"]
+    rows = [[f"**{title(primary)}** (primary)", *gain_and_p(over[0][primary]), *gain_and_p(over[1][primary])]]
+    rows += [
+        [f"{title(metric)} (secondary)", *(text for one in over for text in gain_and_p(one["secondary"][metric]))]
+        for metric in over[0]["secondary"]
+    ]
+    return table(rows, ["gain of the fine-tuned model", "over base (95%)", "p", "over reference (95%)", "p"])
+
+
+def robustness_table(metric: Metric, gains: dict[str, Any]) -> str:
+    """Does the gain stand without queries that training nearly saw, and under the other protocol for duplicates?"""
+    names = {
+        "without_near_duplicates": "without the near-duplicates of training and validation rows",
+        "one_document_a_row": "one document a row: an identical passage of another row is a miss",
+        "identical_passages_merged": "identical passages are one document",
+    }
+    over_base = gains["over_base"]
+    rows = [
+        [names[name], one["queries"], one["before"], one["after"], gain_and_p(one)[0]]
+        for name, one in over_base.items()
+        if name in names
+    ]
+    if not rows:
+        return "No test row is a near-duplicate, and no passage stands twice."
+    return table(rows, [f"{title(metric)} if …", "queries", "base", "fine-tuned", "gain (95%)"])
+
+
+def seeds_in_words(metric: Metric, gains: dict[str, Any]) -> str:
+    by_seed = gains["seeds"]
+    if len(by_seed) == 1:
+        return ""
+    each = ", ".join(f"{name} {score:.4f}" for name, score in by_seed.items())
+    return f"\n{title(metric)} by seed: {each}.\n"
+
+
+def gain_and_p(comparison: dict[str, float]) -> tuple[str, str]:
+    words = "{gain:+.3f} ({low:+.3f} to {high:+.3f})".format(**comparison)
+    return words, p_in_words(comparison["p_value"])
+
+
+def p_in_words(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def example_list(what: str, examples: list[dict[str, Any]]) -> str:
+    if not examples:
+        return f"No query {what}."
+    lines = [f"The {len(examples)} queries that {what} most (rank of the right passage before → after):", ""]
+    for number, one in enumerate(examples, start=1):
+        lines += [
+            f"{number}. {quoted(one['query'])}: {rank_in_words(one['before'])} → {rank_in_words(one['after'])}",
+            f"   - right: {quoted(one['passage'])}",
+        ]
+        lines += [
+            f"   - first {when}: {quoted(one[key])}"
+            for when, key in (("before", "first_before"), ("after", "first_after"))
+            if one[key] is not None
+        ]
+    return "\n".join(lines)
+
+
+def rank_in_words(rank: float) -> str:
+    return f"{rank:.0f}" if np.isfinite(rank) else "not found"
+
+
+def quoted(text: str) -> str:
+    """As code, so that nothing in a user's text is taken for Markdown, HTML or the name of a person to notify."""
+    short = text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…"
+    return "`" + short.replace("`", "'") + "`"
+
+
+def training_in_words(params: Params) -> str:
+    train = params.train
+    arguments = "".join(f", {name} {value}" for name, value in train.arguments.items())
+    seeds = ("seed " if len(train.seeds) == 1 else "seeds ") + ", ".join(map(str, train.seeds))
+    return (
+        f"MultipleNegativesRankingLoss, learning rate {train.learning_rate:g}, {train.epochs:g} epoch(s), batch"
+        f" {train.batch_size}, warm-up {train.warmup:g}, precision {train.precision}, {seeds}{arguments}."
+    )
+
+
+def table(rows: list[list[Any]], headers: list[str]) -> str:
+    return tabulate(rows, headers=headers, tablefmt="github", floatfmt=".4f")

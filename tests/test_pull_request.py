@@ -1,0 +1,149 @@
+"""What a reviewer gets: the comment from Git alone, posted once and then updated, by the workflow's own commands."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import ROOT
+
+OTHERS = [
+    {"id": 1, "login": "a-person", "body": "<!-- result of the pipeline --> I quote it"},
+    {"id": 2, "login": "github-actions[bot]", "body": "another workflow's comment"},
+]
+
+
+@pytest.fixture(scope="module")
+def repo(make_repo):
+    """main holds a run, the branch `slower` another, and `origin` is at GitHub."""
+    repo = make_repo()
+    repo.run("dvc", "repro")
+    repo.commit("first run")
+    repo.run("git", "switch", "--quiet", "--create", "slower")
+    repo.run("dvc", "exp", "run", "-S", "train.learning_rate=3e-3")
+    repo.commit("a lower learning rate")
+    repo.run("git", "remote", "add", "origin", "https://user:SECRET@github.com/org/name.git")
+    return repo
+
+
+@pytest.fixture(scope="module")
+def clone(repo, tmp_path_factory):
+    """What a runner has: the branch and main, one commit each, with no data and no models."""
+    folder = tmp_path_factory.mktemp("runner") / "clone"
+    source = f"file://{repo.folder}"
+    repo.run("git", "clone", "--quiet", "--depth", "1", "--branch", "slower", source, str(folder))
+    repo.run("git", "fetch", "--quiet", "--depth", "1", "origin", "main:main", cwd=folder)
+    repo.run("git", "remote", "set-url", "origin", "https://user:SECRET@github.com/org/name.git", cwd=folder)
+    return folder
+
+
+def comment(repo, folder: Path, *target: str) -> str:
+    return repo.run("python", "stages/pull_request.py", *target, cwd=folder).stdout
+
+
+def test_the_comment_says_what_changed(repo, clone):
+    text = comment(repo, clone)
+    head, _, against = text.partition("## Against `main`")
+    report = (repo.folder / "metrics/report.md").read_text()
+    assert re.search(r"\*\*The fine-tuned model is .+\*\*", head)[0] in report
+    assert re.search(r"\*\*This branch's fine-tuned model is worse than `main`'s by 0\.\d+ NDCG@10 \(95%", against)
+    assert re.search(r"fine-tuned \| +0\.\d{4} → 0\.\d{4} \([+-]0\.\d{4}\)", against)
+    assert re.search(r"train\.learning_rate +\| 0\.05 +\| 0\.003", against)
+    assert "Environment: the same." in against
+    assert re.search(r"gain\.json .*over_base\.ndcg@10\.gain", against)
+    assert "SECRET" not in text
+    assert len(text) < 65_536  # GitHub's limit of a comment
+
+
+def test_its_pictures_are_of_both_commits(repo, clone):
+    shown = re.findall(r'src="(.+?)"', comment(repo, clone))
+    commits = [repo.run("git", "rev-parse", name).stdout.strip() for name in ("main", "slower")]
+    for commit in commits:
+        assert f"https://github.com/org/name/raw/{commit}/metrics/plots/scores.svg" in shown
+    for url in shown:
+        commit, path = re.fullmatch(r"https://github.com/org/name/raw/([0-9a-f]{40})/(.+)", url).groups()
+        assert repo.run("git", "show", f"{commit}:{path}").stdout.startswith("<?xml")
+
+
+def test_make_report_prints_the_comment_that_ci_posts(repo, clone):
+    assert comment(repo, repo.folder, "main") == comment(repo, clone, "main")
+
+
+def test_a_branch_without_effect(repo, clone):
+    text = comment(repo, clone, "slower")
+    assert "finds every query's passage where `slower`'s does" in text
+    assert "No param differs" in text
+    assert "→" not in text.partition("## Against")[2].partition("<details>")[0]
+
+
+def test_two_seeds_of_one_recipe_are_no_difference(repo, clone):
+    """main has seed 42; what is compared is seed 43 of the same learning rate."""
+    repo.run("git", "switch", "--quiet", "--detach", "main")
+    repo.run("dvc", "exp", "run", "-S", "train.seeds=[43]")
+    text = comment(repo, repo.folder)
+    repo.run("git", "reset", "--quiet", "--hard")
+    repo.run("git", "clean", "--quiet", "--force", "-d", "metrics")
+    repo.run("git", "switch", "--quiet", "slower")
+    repo.run("dvc", "checkout", "--force")
+    assert "**This branch's fine-tuned model and `main`'s: no difference that 687 queries can show" in text
+
+
+def test_other_data_are_not_compared(repo, clone):
+    lock = clone / "dvc.lock"
+    before = lock.read_text()
+    md5 = re.search(r"data/prepared\n +hash: md5\n +md5: (\w+)", before)[1]
+    lock.write_text(before.replace(md5, "0" * 32))
+    assert "**The data differ**" in comment(repo, clone)
+    lock.write_text(before)
+
+
+def test_a_target_that_git_does_not_know(repo, clone):
+    result = repo.run("python", "stages/pull_request.py", "absent", cwd=clone, check=False)
+    assert result.returncode == 1
+    assert "there is no revision absent to compare with; `git fetch" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("minimum", "passes"), [(None, True), (-1, True), (0.0, True), (0.9, False)])
+def test_the_gate(repo, minimum, passes):
+    repo.set(**{"evaluate.minimum_gain": minimum})
+    result = repo.run("python", "stages/gate.py", check=False)
+    assert (result.returncode == 0) == passes, result.stderr
+    assert passes or re.search(r"95% from \+0\.\d+, which is below evaluate.minimum_gain, \+0.9", result.stderr)
+    assert "Running" not in repo.run("dvc", "repro", "--dry").stdout  # it is no reason to run anything again
+    repo.run("git", "checkout", "--quiet", "params.yaml")
+
+
+def test_the_workflow_posts_one_comment_and_updates_it(repo, clone, tmp_path):
+    steps = yaml.safe_load((ROOT / ".github/workflows/pull-request.yml").read_text())["jobs"]["result"]["steps"]
+    scripts = {step["name"]: step["run"] for step in steps if "name" in step}
+    comments, gh, summary = tmp_path / "comments.json", tmp_path / "gh", tmp_path / "summary.md"
+    comments.write_text(json.dumps(OTHERS))
+    gh.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/stand_in_gh.py" "$@"\n')
+    gh.chmod(0o755)
+    runner = {
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
+        "TARGET": "main",
+        "NUMBER": "7",
+        "GITHUB_REPOSITORY": "org/name",
+        "GITHUB_STEP_SUMMARY": str(summary),
+        "COMMENTS": str(comments),
+    }
+
+    def step(name: str) -> None:
+        script = scripts[name].replace('git fetch --depth 1 origin "$TARGET:$TARGET"\n', "")  # the clone has main
+        subprocess.run(["bash", "-e", "-c", script], cwd=clone, env=runner, check=True)
+
+    step("Write the comment")
+    text = (clone / "comment.md").read_text()
+    assert summary.read_text() == text == comment(repo, clone)
+    step("Post it")
+    assert json.loads(comments.read_text())[:2] == OTHERS
+    assert json.loads(comments.read_text())[2]["body"] == text
+    (clone / "comment.md").write_text(text + "\nafter another push\n")
+    step("Post it")
+    assert [one["body"] for one in json.loads(comments.read_text())[2:]] == [text + "\nafter another push\n"]

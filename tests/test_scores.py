@@ -1,0 +1,66 @@
+"""Each query's score against an independent scorer; the other protocol for duplicates against a search of its own."""
+
+from typing import get_args
+
+import ir_measures
+import numpy as np
+import pytest
+
+from prepare import assign_documents
+from shared.params import Metric
+from shared.scores import ranks_in_other_protocol, ranks_of, score
+
+THEIRS = {"ndcg": ir_measures.nDCG, "mrr": ir_measures.RR, "map": ir_measures.AP, "accuracy": ir_measures.Success}
+
+
+def test_an_independent_scorer_agrees_query_by_query():
+    draw = np.random.default_rng(0)
+    rows = [{"id": f"q{i}", "document_id": f"d{draw.integers(150)}"} for i in range(300)]
+    rankings = [
+        {
+            "query_id": row["id"],
+            "results": [{"corpus_id": f"d{d}"} for d in draw.permutation(150)[: draw.integers(101)]],
+        }
+        for row in rows
+    ]
+    qrels = [ir_measures.Qrel(row["id"], row["document_id"], 1) for row in rows]
+    run = [
+        ir_measures.ScoredDoc(ranking["query_id"], result["corpus_id"], -place)
+        for ranking in rankings
+        for place, result in enumerate(ranking["results"])
+    ]
+    ranks = ranks_of(rankings, rows)
+    assert np.isinf(ranks).any()
+    for metric in get_args(Metric):
+        name, cutoff = metric.split("@")
+        measure = THEIRS[name] @ int(cutoff)
+        theirs = {one.query_id: one.value for one in ir_measures.iter_calc([measure], qrels, run)}
+        assert score(metric, ranks) == pytest.approx([theirs.get(row["id"], 0.0) for row in rows], abs=1e-9), metric
+
+
+def test_the_other_protocol_is_what_a_search_under_it_finds(static_model):
+    from sentence_transformers import SentenceTransformer
+
+    from shared.retrieval import make_evaluator, search_with_encoder
+
+    draw = np.random.default_rng(0)
+    words = ["heart", "lung", "bone", "small", "large", "absent", "pain", "skin", "left", "upper", "tooth", "cell"]
+    # No two passages of the same words: to this model they would be one, and equal scores stand in the order of ids.
+    passages = sorted({" ".join(sorted(draw.choice(words, 4, replace=False))) for _ in range(40)})
+    rows = [
+        {"id": str(i), "anchor": " ".join(draw.choice(words, 3)), "positive": str(draw.choice(passages))}
+        for i in range(120)
+    ]
+    model = SentenceTransformer(str(static_model))
+    searched = {}
+    for merged in (True, False):
+        assign_documents(rows, merged)
+        corpus = {row["document_id"]: row["positive"] for row in rows}
+        _, rankings = search_with_encoder(make_evaluator(rows, corpus, 8, "test", keep_rankings=True), model)
+        searched[merged] = ranks_of(rankings, rows), ranks_in_other_protocol(rankings, rows, rows, merged)
+    assert not np.array_equal(searched[True][0], searched[False][0])
+    for merged in (True, False):
+        found, derived = searched[not merged][0], searched[merged][1]
+        shallow = found <= 20  # the hundred kept results hold fewer distinct passages
+        assert shallow.sum() > 20
+        assert np.array_equal(derived[shallow], found[shallow])

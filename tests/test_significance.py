@@ -1,0 +1,103 @@
+"""Intervals that cover, honest p-values, words that claim no more; on simulated data, so that the truth is known."""
+
+import numpy as np
+import pytest
+
+from shared import report, significance
+
+GAIN = 0.02
+
+
+@pytest.fixture
+def fewer_resamples(monkeypatch):
+    """A thousand draws in seconds. It widens the spread of an interval's ends, and not its coverage."""
+    monkeypatch.setattr(significance, "RESAMPLES", 499)
+
+
+def simulate(draw: np.random.Generator, queries: int, seeds: int, passages: int) -> tuple[np.ndarray, np.ndarray]:
+    """Differences in score as they are in the default experiment: most are 0, the others large; and clusters."""
+    clusters = np.sort(draw.integers(0, passages, queries)) if passages < queries else np.arange(queries)
+    _, clusters = np.unique(clusters, return_inverse=True)
+    changed = draw.random((1, queries)) < 0.5
+    by_passage = draw.normal(GAIN / 0.5, 0.25, clusters.max() + 1)[clusters]
+    by_query = draw.normal(0, 0.3, queries)
+    by_seed = draw.normal(0, 0.005, (seeds, 1)) if seeds > 1 else 0
+    return changed * (by_passage + by_query) + by_seed + draw.normal(0, 0.05, (seeds, queries)), clusters
+
+
+@pytest.mark.usefixtures("fewer_resamples")
+@pytest.mark.parametrize(
+    ("queries", "seeds", "passages"),
+    [(100, 1, 100), (687, 1, 687), (687, 1, 150), (300, 3, 300)],
+    ids=["100 queries", "687 queries", "several queries a passage", "three seeds"],
+)
+def test_intervals_hold_the_true_gain_in_95_of_100_draws(queries, seeds, passages):
+    draw, held = np.random.default_rng(1), 0
+    for _ in range(1000):
+        differences, clusters = simulate(draw, queries, seeds, passages)
+        sums = significance.cluster_sums(differences, clusters)
+        low, high = significance.interval(sums, np.zeros_like(sums[:1]), np.bincount(clusters))
+        held += low <= GAIN <= high
+    assert 930 <= held <= 970
+
+
+@pytest.mark.usefixtures("fewer_resamples")
+def test_p_is_below_5_in_5_of_100_draws_where_there_is_no_difference():
+    draw, below = np.random.default_rng(2), 0
+    for _ in range(400):
+        before = draw.random((1, 60)).round(1)
+        after = np.where(draw.random((1, 60)) < 0.5, before, draw.permutation(before[0]))
+        swapped = draw.random((1, 60)) < 0.5
+        one, other = np.where(swapped, after, before), np.where(swapped, before, after)
+        below += significance.compare(one, other, np.arange(60)).p_value < 0.05
+    assert 8 <= below <= 32  # 20 expected; these are three standard deviations
+
+
+def test_p_of_few_queries_is_exact():
+    """Five queries that all gain: of the 32 ways to swap, two are as far from 0."""
+    comparison = significance.compare(np.full((1, 5), 0.7), np.full((1, 5), 0.4), np.arange(5))
+    assert comparison.p_value == pytest.approx(2 / 32)
+    assert (comparison.gain, comparison.low, comparison.high) == pytest.approx((0.3, 0.3, 0.3))
+
+
+def test_queries_of_one_passage_are_worth_less_than_as_many_of_their_own():
+    draw = np.random.default_rng(3)
+    by_passage = draw.normal(0.1, 0.3, 50)
+    alone = significance.compare(np.repeat(by_passage, 4)[None], np.zeros((1, 200)), np.arange(200))
+    together = significance.compare(np.repeat(by_passage, 4)[None], np.zeros((1, 200)), np.repeat(np.arange(50), 4))
+    assert together.high - together.low == pytest.approx(2 * (alone.high - alone.low), rel=0.1)
+    assert together.gain == alone.gain
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    scores = np.random.default_rng(4).random((1, 400))
+    agree = significance.compare(scores + np.full((3, 1), 0.1), scores, np.arange(400))
+    disagree = significance.compare(scores + np.array([[0.0], [0.1], [0.2]]), scores, np.arange(400))
+    assert disagree.gain == pytest.approx(agree.gain)
+    assert disagree.high - disagree.low > agree.high - agree.low + 0.1
+
+
+def test_a_model_against_itself_is_no_difference_and_the_same_comparison_gives_the_same_numbers():
+    scores = np.random.default_rng(5).random((1, 100))
+    assert significance.compare(scores, scores, np.arange(100)) == (0, 0, 0, 1)
+    other = np.random.default_rng(6).random((2, 100))
+    assert significance.compare(other, scores, np.arange(100)) == significance.compare(other, scores, np.arange(100))
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [
+        ((0.041, 0.022, 0.060), "It is better than bm25 by 0.041 NDCG@10 (95% 0.022 to 0.060)"),
+        ((-0.041, -0.060, -0.022), "It is worse than bm25 by 0.041 NDCG@10 (95% 0.022 to 0.060)"),
+        (
+            (0.004, -0.006, 0.014),
+            "It and bm25: no difference that 639 queries can show (+0.004 NDCG@10, 95% -0.006 to +0.014)",
+        ),
+        (
+            (0.0, 0.0, 0.0),
+            "It and bm25: no difference that 639 queries can show (+0.000 NDCG@10, 95% +0.000 to +0.000)",
+        ),
+    ],
+)
+def test_words(interval, words):
+    assert report.verdict(significance.Comparison(*interval, p_value=0.5), "ndcg@10", "It", "bm25", 639) == words
