@@ -9,16 +9,17 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 run: $(BIN)/.installed  ## install, then run what has changed of the pipeline (dvc repro), and show the report
 	dvc repro
-	@sed '/^## How sure/,$$d; /^!/d' metrics/report.md
+	@sed '/^## /,$$d; /^!/d' metrics/report.md
 	@echo 'The rest, with pictures and examples: metrics/report.md'
 
 test: $(BIN)/.installed  ## run the tests (offline, a few minutes)
 	pytest
 
-# Only columns that differ, and of these the fine-tuned model's main metrics and the params.
-experiments: $(BIN)/.installed  ## the experiments side by side, best first
-	dvc exp show --only-changed --sort-by metrics/finetuned.json:ndcg@10 --sort-order desc \
-		--drop '(?!Experiment|metrics/finetuned.json:(ndcg|mrr)@10|.*(prepare|models|train)\.).*'
+# Sorted by the validation score, since whoever picks the best by test rows has trained on them. Of the columns that
+# differ: the score, the test's main metrics, the params.
+experiments: $(BIN)/.installed  ## the experiments side by side, best on validation rows first
+	dvc exp show --only-changed --sort-by metrics/gain.json:validation.after --sort-order desc \
+		--drop '(?!Experiment|metrics/gain.json:validation.after|metrics/finetuned.json:(ndcg|mrr)@10|.*(prepare|models|train)\.).*'
 
 report: $(BIN)/.installed  ## what this branch does to the result, as CI comments it on a pull request (TARGET=main)
 	@python stages/pull_request.py $(TARGET)

@@ -1,9 +1,10 @@
 """Final evaluation: score the fine-tuned models as the baselines were, and weigh what training gained.
 
 Reads   models/finetuned/<seed>/, data/prepared/, data/rankings/{base,reference}.jsonl, the data card,
-        metrics/{data,base,reference}.json, metrics/curves/<seed>/
+        metrics/{data,base,reference}.json, metrics/train/<seed>.json, metrics/curves/<seed>/
 Writes  data/rankings/finetuned/<seed>.jsonl
-        metrics/: finetuned.json (mean of the seeds), gain.json, environment.json, ranks.csv, report.md, plots/*.svg
+        metrics/: finetuned.json (mean of the seeds), gain.json, ranks.csv, report.md, plots/*.svg,
+        environment/final_eval.json
 """
 
 import shutil
@@ -13,9 +14,10 @@ import numpy as np
 
 from shared import cards, environment, pictures, records, report, significance, sources
 from shared.errors import InputError, run
+from shared.groups import group_ids
 from shared.params import Metric, read_params
-from shared.records import Row, rounded
-from shared.scores import Ranking, ranks_in_other_protocol, ranks_of, score
+from shared.records import Ranking, Row, rounded
+from shared.scores import ranks_in_other_protocol, ranks_of, score
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -34,35 +36,37 @@ def main() -> None:
     data = records.read_metrics("data")
     metrics = {model: records.read_metrics(model) for model in ("base", "reference")}
     rankings = {model: [records.read_ranking(model)] for model in ("base", "reference")}
-    models = [load_finetuned(seed) for seed in seeds]
+    training = {seed: records.read_metrics(f"train/{seed}") for seed in seeds}
 
     # Ten seconds of imports: after the checks above, so that errors come at once.
     from shared import retrieval
 
     # 1. Search with each fine-tuned model, as the baselines did.
     evaluator = retrieval.make_evaluator(test, corpus, params.evaluate.batch_size, "test", keep_rankings=True)
-    searched = [retrieval.search_with_encoder(evaluator, model) for model in models]
+    searched = [retrieval.search_with_encoder(evaluator, load_finetuned(seed)) for seed in seeds]
     metrics["finetuned"] = mean_metrics([own for own, _ in searched])
     rankings["finetuned"] = [ranking for _, ranking in searched]
 
-    # 2. The rank of each query's passage: all the evidence is made of it. Queries with one passage are a cluster.
+    # 2. The rank of each query's passage: all the evidence is made of it. Groups stand or fall together.
     ranks = {model: np.stack([ranks_of(one, test) for one in several]) for model, several in rankings.items()}
-    clusters = numbered([row["positive"] for row in test])
+    groups = np.array(group_ids(test))
 
     # 3. The gain; and again without queries that training nearly saw, and under the other protocol for duplicates.
-    views = {"all": (ranks, clusters)}
+    views = {"all": (ranks, groups)}
     unseen = np.array([row["id"] not in near_duplicates for row in test])
-    if not unseen.all() and len(set(clusters[unseen])) > 1:
+    if not unseen.all() and len(set(groups[unseen])) > 1:
         few = {model: own[:, unseen] for model, own in ranks.items()}
-        views["without_near_duplicates"] = (few, numbered(clusters[unseen].tolist()))
+        views["without_near_duplicates"] = (few, np.unique(groups[unseen], return_inverse=True)[1])
     if data["repeated_passages"]:
         merged, rows = params.prepare.merge_identical_passages, [row for split in splits.values() for row in split]
         other = {
             model: np.stack([ranks_in_other_protocol(one, test, rows, merged) for one in several])
             for model, several in rankings.items()
         }
-        views["one_document_a_row" if merged else "identical_passages_merged"] = (other, clusters)
-    gains: dict[str, Any] = {f"over_{model}": gain_over(model, views, metric) for model in ("base", "reference")}
+        views["one_document_a_row" if merged else "identical_passages_merged"] = (other, groups)
+    gains: dict[str, Any] = {"test": {"queries": len(test), "groups": int(groups.max()) + 1}}
+    gains |= {f"over_{model}": gain_over(model, views, metric) for model in ("base", "reference")}
+    gains["validation"] = mean_metrics([{name: own[name] for name in ("before", "after")} for own in training.values()])
     gains["seeds"] = spread(seeds, score(metric, ranks["finetuned"]).mean(axis=1))
 
     # 4. For people.
@@ -73,52 +77,52 @@ def main() -> None:
         card,
         data,
         metrics,
-        {model: significance.score_interval(score(metric, own), clusters) for model, own in ranks.items()},
+        {model: significance.score_interval(score(metric, own), groups) for model, own in ranks.items()},
         gains,
-        {what: examples(what, changes, test, corpus, rankings, ranks) for what in ("gained", "lost")},
-        clusters.max() + 1,
+        {what: examples(what, changes[0], test, corpus, rankings, ranks) for what in ("gained", "lost")},
         machine,
     )
     query_words = np.array([len(row["anchor"].split()) for row in test])
     drawn = {
-        "scores": pictures.scores(ranks, clusters),
-        "training": pictures.training(records.CURVES, seeds, metric),
+        "scores": pictures.scores(ranks, groups, report.headline_metrics(metric)),
+        "training": pictures.training(records.CURVES, {seed: own["step"] for seed, own in training.items()}, metric),
         "recall": pictures.recall(ranks),
         "ranks": pictures.rank_moves(ranks["base"], ranks["finetuned"]),
-        "length": pictures.gain_by_length(changes, clusters, query_words, metric),
+        "length": pictures.gain_by_length(changes, groups, query_words, metric),
     }
 
     for seed, ranking in zip(seeds, rankings["finetuned"], strict=True):
         records.write_jsonl(records.RANKINGS / f"finetuned/{seed}.jsonl", ranking)
     records.write_json(records.METRICS / "finetuned.json", metrics["finetuned"])
     records.write_json(records.METRICS / "gain.json", gains)
-    records.write_json(records.METRICS / "environment.json", machine)
-    records.write_csv(records.METRICS / "ranks.csv", *rank_table(test, clusters, ranks, seeds))
+    records.write_json(records.ENVIRONMENT / "final_eval.json", machine)
+    records.write_csv(records.METRICS / "ranks.csv", *rank_table(test, groups, ranks, seeds))
     for name, picture in drawn.items():
         records.write_text(records.METRICS / f"plots/{name}.svg", picture)
     records.write_text(records.METRICS / "report.md", text)
     remove_other_seeds(seeds)
-    print(report.headline(params, gains, len(test)))
+    print(report.headline(params, gains))
 
 
 def remove_other_seeds(seeds: list[int]) -> None:
     """Remove what an earlier run with more seeds has left: DVC takes the whole folders for what this stage reads."""
-    for folder in (records.FINETUNED, records.CURVES, records.METRICS / "train"):
-        for path in folder.glob("*"):
-            if path.stem.isdecimal() and int(path.stem) not in seeds:
+    for folder in (records.FINETUNED, records.CURVES, records.METRICS / "train", records.ENVIRONMENT):
+        for path in folder.iterdir():
+            seed = path.stem.removeprefix("train@")
+            if seed.isdecimal() and int(seed) not in seeds:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def load_finetuned(seed: int) -> "SentenceTransformer":
     """The model that train wrote. Raises InputError."""
+    from shared import encoders
+
     folder, name = records.FINETUNED / str(seed), f"models/finetuned/{seed}"
     try:
         sources.check_model(folder, name)
-        from shared import encoders  # ten seconds of imports: after the check, so that its error comes at once
-
         return encoders.load_encoder(folder, name)
     except InputError as error:
-        remedy = "`dvc checkout --force` brings the last one back, `dvc repro --force train` trains it again"
+        remedy = f"`dvc checkout --force` brings the last one back, `dvc repro --force train@{seed}` trains it again"
         raise InputError(f"{error}\n{remedy}") from error
 
 
@@ -126,18 +130,12 @@ def mean_metrics(by_seed: list[dict[str, float]]) -> dict[str, float]:
     return {name: rounded(np.mean([own[name] for own in by_seed])) for name in by_seed[0]}
 
 
-def numbered(labels: list[Any]) -> np.ndarray:
-    """A number from 0 on for each label, the same for the same."""
-    numbers: dict[Any, int] = {}
-    return np.array([numbers.setdefault(label, len(numbers)) for label in labels])
-
-
 def gain_over(model: str, views: dict[str, tuple[Ranks, np.ndarray]], metric: Metric) -> dict[str, Any]:
     """What the fine-tuned model gains over `model`: by the primary metric, in each view of the test, by the others."""
 
     def compare(view: str, metric: Metric) -> dict[str, float]:
-        ranks, clusters = views[view]
-        comparison = significance.compare(score(metric, ranks["finetuned"]), score(metric, ranks[model]), clusters)
+        ranks, groups = views[view]
+        comparison = significance.compare(score(metric, ranks["finetuned"]), score(metric, ranks[model]), groups)
         return {name: rounded(value) for name, value in comparison._asdict().items()}
 
     def means(view: str) -> dict[str, float]:
@@ -170,9 +168,9 @@ def examples(
     rankings: dict[str, list[Ranking]],
     ranks: Ranks,
 ) -> list[dict[str, Any]]:
-    """The queries that gained (or lost) most, as `shared.report` shows them; of several seeds, with the first one's."""
+    """The queries that gained (or lost) most, as `shared.report` shows them; of several seeds, with the first one."""
     sign = 1 if what == "gained" else -1
-    change, before, after = sign * changes.mean(axis=0), ranks["base"][0], ranks["finetuned"][0]
+    change, before, after = sign * changes, ranks["base"][0], ranks["finetuned"][0]
     # Many change by the same score: then those first whose passage moved farthest.
     farthest = sign * (1 / after - 1 / before)
     most = [i for i in np.lexsort((-farthest, -change))[:EXAMPLES] if change[i] > 0]
@@ -194,16 +192,16 @@ def examples(
 
 
 def rank_table(
-    test: list[Row], clusters: np.ndarray, ranks: Ranks, seeds: list[int]
+    test: list[Row], groups: np.ndarray, ranks: Ranks, seeds: list[int]
 ) -> tuple[list[str], list[list[Any]]]:
     """Header and rows of ranks.csv: enough to compare two commits query by query, from Git alone. Empty: not found."""
     columns = {"base": ranks["base"][0], "reference": ranks["reference"][0]}
     columns |= {f"finetuned-{seed}": own for seed, own in zip(seeds, ranks["finetuned"], strict=True)}
     rows = [
-        [row["id"], clusters[i], *("" if np.isinf(own[i]) else int(own[i]) for own in columns.values())]
+        [row["id"], groups[i], *("" if np.isinf(own[i]) else int(own[i]) for own in columns.values())]
         for i, row in enumerate(test)
     ]
-    return ["query_id", "cluster", *columns], rows
+    return ["query_id", "group", *columns], rows
 
 
 if __name__ == "__main__":

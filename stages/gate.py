@@ -1,11 +1,11 @@
-"""Gate: fail where the gain over the base model may be smaller than evaluate.minimum_gain.
+"""Gate: fail unless the whole interval of the gain over the base model lies above evaluate.minimum_gain.
 
 For CI, and no stage of dvc.yaml: there it would stop the pipeline before the metrics can be read.
 
 Reads   params.yaml, metrics/gain.json
 """
 
-from shared import records
+from shared import records, report
 from shared.errors import InputError, run
 from shared.params import read_params
 
@@ -16,13 +16,17 @@ def main() -> None:
     if minimum is None:
         print("evaluate.minimum_gain is null: no gain is asked for")
         return
-    gain = records.read_metrics("gain")["over_base"].get(metric)
+    gains = records.read_metrics("gain")
+    gain = gains.get("over_base", {}).get(metric)
     if gain is None:
         raise InputError(f"metrics/gain.json does not have {metric} as the primary metric; run `dvc repro`")
     words = f"the gain over the base model is {gain['gain']:+.4f} {metric}, 95% from {gain['low']:+.4f}"
-    if gain["low"] < minimum:
-        raise InputError(f"{words}, which is below evaluate.minimum_gain, {minimum:+g}")
-    print(f"{words}, and evaluate.minimum_gain asks for {minimum:+g}")
+    groups = gains["test"]["groups"]
+    if groups < report.FEW_GROUPS:
+        raise InputError(f"{words}, but {groups} groups of test queries are too few for an interval to rely on")
+    if gain["low"] <= minimum:
+        raise InputError(f"{words}, and evaluate.minimum_gain asks for more than {minimum:+g}")
+    print(f"{words}: more than evaluate.minimum_gain, {minimum:+g}")
 
 
 if __name__ == "__main__":

@@ -10,16 +10,15 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from shared import cards, records
 from shared.errors import InputError, run
+from shared.groups import group_ids
 from shared.params import PrepareParams, nearest, read_params
 from shared.records import Row
 
 SPLITS = ("train", "validation", "test")
-COMPARED_AT_ONCE = 256  # test rows; with 100,000 others 100 MB
+COMPARED_AT_ONCE = 256  # test rows; with 100,000 others a few hundred MB
 
 
 def main() -> None:
@@ -194,19 +193,6 @@ def assign_split(rows: list[dict[str, Any]], from_split: str | None, to_split: s
             space -= len(groups[group])
             for row in groups[group]:
                 row["split"] = to_split
-
-
-def group_ids(rows: list[dict[str, Any]]) -> list[int]:
-    """A group's number for each row: rows that share a passage or a query, directly or through others, are a group."""
-    nodes: dict[tuple[str, str], int] = {}
-    edges = [
-        [nodes.setdefault((column, row[column].casefold()), len(nodes)) for column in ("anchor", "positive")]
-        for row in rows
-    ]
-    queries, passages = np.array(edges, dtype=int).reshape(-1, 2).T
-    graph = coo_array((np.ones(len(rows)), (queries, passages)), shape=(len(nodes), len(nodes)))
-    _, labels = connected_components(graph, directed=False)
-    return labels[queries].tolist()
 
 
 def overlaps(splits: dict[str, list[Row]]) -> dict[str, dict[str, int]]:

@@ -6,8 +6,10 @@ Reads   metrics/, params.yaml and dvc.lock, here and at TARGET
 
 import argparse
 import csv
+import html
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -25,7 +27,6 @@ from shared.scores import score
 MARK = "<!-- result of the pipeline -->"  # by which .github/workflows/pull-request.yml finds its earlier comment
 SHOWN = ["scores", "ranks"]  # of report.PICTURES; the others are a click away
 FOLDED = [name for name in report.PICTURES if name not in SHOWN]
-MODELS = {"base": "base", "reference": "reference", "finetuned": "fine-tuned"}
 
 
 def main() -> None:
@@ -102,35 +103,36 @@ def verdict_against(target: str, metric: Metric) -> str:
     if there is None:
         return f"`{target}` has no metrics/ranks.csv, so that the models cannot be compared query by query."
     if test_data(written("dvc.lock")) != test_data(git("show", f"{target}:dvc.lock") or ""):
-        return "**The data differ**, so that the scores cannot be compared query by query, and not fairly at all."
-    clusters, after = finetuned_ranks(written("metrics/ranks.csv"))
+        return "**The test data differ**, so that the scores cannot be compared."
+    groups, after = finetuned_ranks(written("metrics/ranks.csv"))
     _, before = finetuned_ranks(there)
     if np.array_equal(after, before):
         return f"This branch's fine-tuned model finds every query's passage where `{target}`'s does."
-    comparison = significance.compare(score(metric, after), score(metric, before), clusters)
-    words = report.verdict(comparison, metric, "This branch's fine-tuned model", f"`{target}`'s", len(clusters))
-    return f"**{words}**, p {report.p_in_words(comparison.p_value)}."
+    comparison = significance.compare(score(metric, after), score(metric, before), groups)
+    words = report.verdict(comparison, metric, "This branch's fine-tuned model", f"`{target}`'s", len(groups))
+    caveat = f" {report.ONE_SEED}" if 1 in (len(after), len(before)) else ""
+    return f"**{words}**, p {report.p_in_words(comparison.p_value)}.{caveat}"
 
 
-def test_data(lock: str) -> str | None:
-    """The hash of data/prepared/ that a dvc.lock holds."""
+def test_data(lock: str) -> dict[str, str]:
+    """The hashes of the test queries and the corpus, from a dvc.lock."""
     stages = (YAML(typ="safe", pure=True).load(lock) or {}).get("stages", {})
-    outs = stages.get("prepare", {}).get("outs", [])
-    return next((out["md5"] for out in outs if out["path"] == "data/prepared"), None)
+    deps = stages.get("baseline_eval@base", {}).get("deps", [])
+    return {dep["path"]: dep["md5"] for dep in deps if dep["path"].startswith("data/prepared/")}
 
 
 def finetuned_ranks(table: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of a ranks.csv: each query's cluster, and the ranks of its passage, shape (seeds, queries)."""
+    """Of a ranks.csv: each query's group, and the ranks of its passage, shape (seeds, queries)."""
     rows = list(csv.DictReader(io.StringIO(table)))
     seeds = [name for name in rows[0] if name.startswith("finetuned-")]
     ranks = np.array([[float(row[seed] or "inf") for row in rows] for seed in seeds])
-    return np.array([int(row["cluster"]) for row in rows]), ranks
+    return np.array([int(row["group"]) for row in rows]), ranks
 
 
 def score_changes(target: str, primary: Metric) -> str:
-    metrics = list(dict.fromkeys([primary, "ndcg@10", "mrr@10", "accuracy@1", "accuracy@10"]))
+    metrics = report.headline_metrics(primary)
     rows = []
-    for model, name in MODELS.items():
+    for model, name in report.MODELS.items():
         here, there = records.read_metrics(model), json_at(target, model)
         rows.append([name, *(change(there.get(metric), here[metric]) for metric in metrics)])
     return tabulate(rows, headers=["", *map(report.title, metrics)], tablefmt="github", disable_numparse=True)
@@ -143,13 +145,18 @@ def change(before: float | None, after: float) -> str:
 
 
 def environment_changes(target: str) -> str:
-    here, there = records.read_metrics("environment"), json_at(target, "environment")
-    if not there:
-        return f"`{target}` does not record its environment."
+    """Versions, device and threads that differ, stage by stage, where both have run it."""
+    stages = sorted(path.stem for path in records.ENVIRONMENT.glob("*.json"))
+    both = {stage: json_at(target, f"environment/{stage}") for stage in stages}
     changes = [
-        f"{name} {there.get(name, '(unknown)')} → {here[name]}" for name in here if here[name] != there.get(name)
+        f"{stage}: {name} {there[name]} → {here}"
+        for stage, there in both.items()
+        for name, here in records.read_metrics(f"environment/{stage}").items()
+        if name in there and there[name] != here
     ]
-    return f"Environment: {', '.join(changes)}." if changes else "Environment: the same."
+    if not any(both.values()):
+        return f"`{target}` does not record its environment."
+    return f"Environment: {'; '.join(changes)}." if changes else "Environment: the same."
 
 
 def pictures(target: str, names: list[str]) -> str:
@@ -157,25 +164,29 @@ def pictures(target: str, names: list[str]) -> str:
     text = []
     for name in names:
         path = f"metrics/plots/{name}.svg"
-        before, after = git("rev-parse", f"{target}:{path}"), git("hash-object", path)
-        shown = [picture(f"{report.PICTURES[name]}, this branch", path, "HEAD")]
-        if before is not None and before != after and remote_url():
-            shown.insert(0, picture(f"{report.PICTURES[name]}, {target}", path, target))
-        cells = "".join(f"<td>{one}</td>" for one in shown)
-        titles = f"<tr><th>{target}</th><th>this branch</th></tr>" if len(shown) == 2 else ""
-        text.append(f"<table>{titles}<tr>{cells}</tr></table>")
+        before, after = picture(path, target, report.PICTURES[name]), picture(path, "HEAD", report.PICTURES[name])
+        if before and git("rev-parse", f"{target}:{path}") != git("hash-object", path):
+            titles = f"<tr><th>{html.escape(target)}</th><th>this branch</th></tr>"
+            text.append(f"<table>{titles}<tr><td>{before}</td><td>{after}</td></tr></table>")
+        else:
+            text.append(f"<p>{after}</p>")
     return "\n".join(text)
 
 
-def picture(description: str, path: str, revision: str) -> str:
-    url = f"{remote_url()}/raw/{git('rev-parse', revision)}/{path}" if remote_url() else path
-    return f'<img src="{url}" alt="{description}">'
+def picture(path: str, revision: str, description: str) -> str:
+    """As HTML: from GitHub, as it is at the revision; or the file here, where GitHub cannot have it."""
+    committed, changed = git("rev-parse", f"{revision}:{path}"), revision == "HEAD" and git("diff", "HEAD", "--", path)
+    if committed and not changed and remote_url():
+        return f'<img src="{remote_url()}/raw/{git("rev-parse", revision)}/{path}" alt="{description}">'
+    return f'<img src="{path}" alt="{description}">' if revision == "HEAD" else ""
 
 
 def remote_url() -> str | None:
-    """The repo's page on GitHub, from the remote `origin`; without what a remote may hold of a password."""
+    """The repo's page on GitHub: the runner knows it, elsewhere the remote `origin` does. Never with its password."""
+    if "GITHUB_REPOSITORY" in os.environ:
+        return f"{os.environ['GITHUB_SERVER_URL']}/{os.environ['GITHUB_REPOSITORY']}"
     origin = git("remote", "get-url", "origin") or ""
-    match = re.fullmatch(r"(?:https://(?:[^@/]+@)?|(?:ssh://)?git@)(github[^/:]*)[/:](.+?)(?:\.git)?/?", origin)
+    match = re.fullmatch(r"(?:https://(?:[^@/]+@)?|(?:ssh://)?git@)(github\.[^/:]+)[/:](.+?)(?:\.git)?/?", origin)
     return f"https://{match[1]}/{match[2]}" if match else None
 
 

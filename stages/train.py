@@ -2,7 +2,8 @@
 
 Usage   python stages/train.py SEED   (one of train.seeds in params.yaml)
 Reads   data/prepared/{train,validation,corpus}.jsonl, models.base
-Writes  models/finetuned/<seed>/, metrics/train/<seed>.json, metrics/curves/<seed>/{loss,validation}.csv
+Writes  models/finetuned/<seed>/, metrics/train/<seed>.json (validation score before and after, chosen step),
+        metrics/curves/<seed>/{loss,validation}.csv, metrics/environment/train@<seed>.json
         models/scratch/<fingerprint>/: checkpoints (until the run ends) and TensorBoard logs; nobody's output
 """
 
@@ -112,10 +113,9 @@ def main() -> None:
     curves = records.CURVES / str(seed)
     records.write_csv(curves / "loss.csv", ["step", "loss"], loss)
     records.write_csv(curves / "validation.csv", ["step", metric], [(0, records.rounded(score_before)), *scores])
-    chosen = {metric: records.rounded(state.best_metric), "step": state.best_global_step}
-    records.write_json(
-        records.METRICS / f"train/{seed}.json", {"validation": chosen, "environment": environment.describe()}
-    )
+    validation = {"before": records.rounded(score_before), "after": records.rounded(state.best_metric)}
+    records.write_json(records.METRICS / f"train/{seed}.json", validation | {"step": state.best_global_step})
+    records.write_json(records.ENVIRONMENT / f"train@{seed}.json", environment.describe())
     remove_checkpoints(scratch)
     print(f"models/finetuned/{seed}: validation {metric} {state.best_metric:.4f} at step {state.best_global_step}")
 

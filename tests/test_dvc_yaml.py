@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from conftest import ROOT
+from shared.params import TrainParams
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 ABSENT = ("deleted", "not in cache")
@@ -35,6 +36,12 @@ def test_a_stage_declares_the_code_that_it_runs(stage):
     script = re.match(r"python (stages/\w+\.py)", definition["cmd"])[1]
     declared = {dep for dep in definition["deps"] if dep.endswith(".py")}
     assert declared == {script} | shared_imports(ROOT / script)
+
+
+def test_training_depends_on_all_of_its_params_but_the_list_of_seeds():
+    """They are named one by one in dvc.yaml, so that a new one could be forgotten."""
+    declared = {name for name in STAGES["train"]["do"]["params"] if name.startswith("train.")}
+    assert declared == {f"train.{name}" for name in TrainParams.model_fields} - {"train.seeds"}
 
 
 def test_the_committed_run_is_of_this_code_and_these_params():

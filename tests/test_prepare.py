@@ -9,13 +9,13 @@ from prepare import (
     clean_rows,
     clean_text,
     drop_rows,
-    group_ids,
     near_duplicates,
     overlaps,
     split_rows,
 )
 from shared.cards import Columns, Part, Source
 from shared.errors import InputError
+from shared.groups import group_ids
 from shared.params import read_params
 
 COLUMNS = Columns(anchor="q", positive="p", id="id")
@@ -93,7 +93,7 @@ def test_near_duplicates_of_test_rows_are_found_by_query_and_by_passage():
     test = make_rows(
         [
             ("absence of a permanent upper front tooth", "A tooth is missing."),
-            ("Bent toes", "agenesis of a lower  incisor."),
+            ("Curved fingers of a man with bent toes", "agenesis of a lower  incisor."),
             ("Curved lips", "Nothing alike"),
             ("缺少一颗门牙的病人", "Curved fingers"),
         ]

@@ -73,6 +73,14 @@ def test_make_report_prints_the_comment_that_ci_posts(repo, clone):
     assert comment(repo, repo.folder, "main") == comment(repo, clone, "main")
 
 
+def test_another_environment_is_named(repo, clone):
+    path = clone / "metrics/environment/train@42.json"
+    here = json.loads(path.read_text())
+    path.write_text(json.dumps(here | {"device": "NVIDIA H100"}))
+    assert f"Environment: train@42: device {here['device']} → NVIDIA H100." in comment(repo, clone)
+    path.write_text(json.dumps(here, indent=2) + "\n")
+
+
 def test_a_branch_without_effect(repo, clone):
     text = comment(repo, clone, "slower")
     assert "finds every query's passage where `slower`'s does" in text
@@ -95,9 +103,11 @@ def test_two_seeds_of_one_recipe_are_no_difference(repo, clone):
 def test_other_data_are_not_compared(repo, clone):
     lock = clone / "dvc.lock"
     before = lock.read_text()
-    md5 = re.search(r"data/prepared\n +hash: md5\n +md5: (\w+)", before)[1]
-    lock.write_text(before.replace(md5, "0" * 32))
-    assert "**The data differ**" in comment(repo, clone)
+    md5 = dict(re.findall(r"data/prepared/(train|test).jsonl\n +hash: md5\n +md5: (\w+)", before))
+    lock.write_text(before.replace(md5["test"], "0" * 32))
+    assert "**The test data differ**" in comment(repo, clone)
+    lock.write_text(before.replace(md5["train"], "0" * 32))  # other training rows may be what the branch is about
+    assert "model is worse than `main`'s" in comment(repo, clone)
     lock.write_text(before)
 
 
@@ -113,7 +123,7 @@ def test_the_gate(repo, minimum, passes):
     repo.set(**{"evaluate.minimum_gain": minimum})
     result = repo.run("python", "stages/gate.py", check=False)
     assert (result.returncode == 0) == passes, result.stderr
-    assert passes or re.search(r"95% from \+0\.\d+, which is below evaluate.minimum_gain, \+0.9", result.stderr)
+    assert passes or re.search(r"95% from \+0\.\d+, and evaluate.minimum_gain asks for more than \+0.9", result.stderr)
     assert "Running" not in repo.run("dvc", "repro", "--dry").stdout  # it is no reason to run anything again
     repo.run("git", "checkout", "--quiet", "params.yaml")
 

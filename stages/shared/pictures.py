@@ -12,10 +12,9 @@ from matplotlib.patches import Rectangle
 
 from shared import significance
 from shared.params import Metric
-from shared.report import title
+from shared.report import MODELS, title
 from shared.scores import score
 
-MODELS = {"base": "base", "reference": "reference", "finetuned": "fine-tuned"}
 COLOURS = {"base": "#8c959f", "reference": "#d4a72c", "finetuned": "#2f81f7"}
 RANK_GROUPS = {"1": 1, "2–3": 3, "4–10": 10, "11–100": 100, "none in 100": np.inf}  # and the last rank of each
 LENGTH_GROUPS = 5
@@ -23,6 +22,7 @@ LENGTH_GROUPS = 5
 INK, PAPER, FAINT = "#010101", "#fefefe", "#d1d1d1"
 THEMES = {"light": ("#1f2328", "#ffffff", "#d1d9e0"), "dark": ("#f0f6fc", "#0d1117", "#3d444d")}
 
+matplotlib.rcdefaults()  # a user's matplotlibrc would change the bytes
 matplotlib.rcParams.update(
     {
         "svg.fonttype": "none",  # text stays text: small files, and readable differences in Git
@@ -45,17 +45,16 @@ matplotlib.rcParams.update(
 )
 
 
-def scores(ranks: dict[str, np.ndarray], clusters: np.ndarray) -> str:
-    """Four metrics of the three models side by side. `ranks`: model → (seeds, queries); `clusters`: (queries,)."""
+def scores(ranks: dict[str, np.ndarray], groups: np.ndarray, metrics: list[Metric]) -> str:
+    """The three models side by side. `ranks`: model → shape (seeds, queries); `groups`: shape (queries,)."""
     figure, axes = canvas()
-    metrics: tuple[Metric, ...] = ("ndcg@10", "mrr@10", "accuracy@1", "accuracy@10")
     width = 0.26
     for offset, model in enumerate(MODELS):
         values = [score(metric, ranks[model]) for metric in metrics]
         heights = [value.mean() for value in values]
         positions = np.arange(len(metrics)) + (offset - 1) * width
         axes.bar(positions, heights, width * 0.94, color=COLOURS[model], label=MODELS[model])
-        intervals = [significance.score_interval(value, clusters) for value in values]
+        intervals = [significance.score_interval(value, groups) for value in values]
         whiskers(axes, positions, heights, intervals)
         for position, height, (_, high) in zip(positions, heights, intervals, strict=True):
             axes.text(position, high + 0.02, f"{height:.3f}", ha="center", va="bottom", fontsize=8)
@@ -66,18 +65,19 @@ def scores(ranks: dict[str, np.ndarray], clusters: np.ndarray) -> str:
     return svg(figure)
 
 
-def training(curves: Path, seeds: list[int], metric: Metric) -> str:
-    """Loss, and score on the validation rows, by step; a line a seed. `curves` holds <seed>/{loss,validation}.csv."""
+def training(curves: Path, chosen: dict[int, int], metric: Metric) -> str:
+    """Loss, and score on the validation rows, by step; a line a seed. `curves` holds <seed>/{loss,validation}.csv,
+    `chosen` the step whose checkpoint each seed's run has kept.
+    """
     figure, (left, right) = canvas(columns=2)
     for axes, name, column in ((left, "loss", "loss"), (right, "validation", metric)):
-        for seed in seeds:
+        for seed, step in chosen.items():
             with (curves / str(seed) / f"{name}.csv").open(encoding="utf-8") as lines:
                 rows = list(csv.DictReader(lines))
             steps, values = [int(row["step"]) for row in rows], [float(row[column]) for row in rows]
             axes.plot(steps, values, marker="" if name == "loss" else ".", color=COLOURS["finetuned"], alpha=0.8)
             if name == "validation":
-                best = int(np.argmax(values[1:])) + 1  # the first is the base model, before training
-                axes.plot(steps[best], values[best], "o", markersize=9, fillstyle="none", color=INK)
+                axes.plot(step, values[steps.index(step)], "o", markersize=9, fillstyle="none", color=INK)
         axes.set_xlabel("step")
     left.set_title("Training loss")
     right.set_title(f"Validation {title(metric)} (circle: chosen)")
@@ -129,7 +129,7 @@ def rank_moves(before: np.ndarray, after: np.ndarray) -> str:
     return svg(figure)
 
 
-def gain_by_length(gains: np.ndarray, clusters: np.ndarray, words: np.ndarray, metric: Metric) -> str:
+def gain_by_length(gains: np.ndarray, groups: np.ndarray, words: np.ndarray, metric: Metric) -> str:
     """The gain over the base for short to long queries. `gains`: (seeds, queries); the others: (queries,)."""
     figure, axes = canvas()
     edges = np.unique(np.quantile(words, np.linspace(0, 1, LENGTH_GROUPS + 1)[1:], method="higher"))
@@ -140,9 +140,9 @@ def gain_by_length(gains: np.ndarray, clusters: np.ndarray, words: np.ndarray, m
         first, last = words[chosen].min(), words[chosen].max()
         labels.append(f"{first if first == last else f'{first}–{last}'}\n({chosen.sum():,} queries)")
         heights.append(gains[:, chosen].mean())
-        _, own_clusters = np.unique(clusters[chosen], return_inverse=True)
-        few = own_clusters.max() == 0  # one cluster has no interval
-        intervals.append((heights[-1],) * 2 if few else significance.score_interval(gains[:, chosen], own_clusters))
+        _, own_groups = np.unique(groups[chosen], return_inverse=True)
+        few = own_groups.max() == 0  # one group has no interval
+        intervals.append((heights[-1],) * 2 if few else significance.score_interval(gains[:, chosen], own_groups))
     places = np.arange(len(labels))
     axes.bar(places, heights, 0.6, color=COLOURS["finetuned"])
     whiskers(axes, places, heights, intervals)

@@ -19,6 +19,7 @@ PREPARED = ROOT / "data/prepared"
 METRICS = ROOT / "metrics"
 RANKINGS = ROOT / "data/rankings"
 CURVES = METRICS / "curves"  # of training: <seed>/{loss,validation}.csv
+ENVIRONMENT = METRICS / "environment"  # <stage>.json, as shared.environment describes it
 FINETUNED = ROOT / "models/finetuned"  # one model a seed: <seed>/
 ROW_FIELDS = ("id", "anchor", "positive", "document_id")
 DOCUMENT_FIELDS = ("id", "text")
@@ -26,6 +27,7 @@ NEAR_DUPLICATE_FIELDS = ("id", "column", "text", "similarity", "other_id", "othe
 RANKING_FIELDS = ("query_id", "query", "results")
 
 Row = dict[str, str]
+Ranking = dict[str, Any]  # {"query_id", "query", "results": [{"corpus_id", "score"}, ...]}, best first
 
 
 def read_split(split: str) -> list[Row]:
@@ -38,7 +40,7 @@ def read_corpus() -> dict[str, str]:
     return {row["id"]: row["text"] for row in read_jsonl(PREPARED / "corpus.jsonl", DOCUMENT_FIELDS)}
 
 
-def read_ranking(model: Literal["base", "reference"]) -> list[dict[str, Any]]:
+def read_ranking(model: Literal["base", "reference"]) -> list[Ranking]:
     """data/rankings/<model>.jsonl. Raises InputError."""
     return read_jsonl(RANKINGS / f"{model}.jsonl", RANKING_FIELDS, stage="baseline_eval")
 

@@ -10,7 +10,10 @@ from shared.params import Metric, Params
 from shared.significance import Comparison
 
 LONGEST_TEXT = 240  # characters of a passage in an example
-FEW_CLUSTERS = 50  # below, the bootstrap's interval is too narrow: with 30 it held the truth 92 times in 100, not 95
+FEW_GROUPS = 50  # below, the bootstrap's interval is too narrow: with 30 it held the truth 92 times in 100, not 95
+SURE = 0.05  # the p-value below which a difference is called one, where the 95% interval agrees
+MODELS = {"base": "base", "reference": "reference", "finetuned": "fine-tuned"}
+ONE_SEED = "One seed: how much another would change is not in the intervals (train.seeds: five would tell)."
 HEADLINE_END = "## How sure"  # what stands before it is also the head of the pull request's comment
 PICTURES = {
     "scores": "Scores of base, reference and fine-tuned model with 95% intervals",
@@ -26,12 +29,17 @@ def title(metric: Metric) -> str:
     return metric if metric.startswith("accuracy") else metric.upper()
 
 
+def headline_metrics(primary: Metric) -> list[Metric]:
+    """What tables and pictures show, the primary metric first."""
+    return list(dict.fromkeys([primary, "ndcg@10", "mrr@10", "accuracy@1", "accuracy@10"]))
+
+
 def verdict(comparison: Comparison, metric: Metric, model: str, other: str, queries: int) -> str:
-    """What the interval says: "It is better than the base model by 0.041 NDCG@10 (95% 0.022 to 0.060)"."""
-    gain, low, high, _ = comparison
-    if low > 0:
+    """What the statistics say: "It is better than the base model by 0.041 NDCG@10 (95% 0.022 to 0.060)"."""
+    gain, low, high, p = comparison
+    if low > 0 and p < SURE:
         return f"{model} is better than {other} by {gain:.3f} {title(metric)} (95% {low:.3f} to {high:.3f})"
-    if high < 0:
+    if high < 0 and p < SURE:
         return f"{model} is worse than {other} by {-gain:.3f} {title(metric)} (95% {-high:.3f} to {-low:.3f})"
     return (
         f"{model} and {other}: no difference that {queries:,} queries can show"
@@ -47,22 +55,20 @@ def write_report(
     intervals: dict[str, tuple[float, float]],
     gains: dict[str, Any],
     examples: dict[str, list[dict[str, Any]]],
-    clusters: int,
     environment: dict[str, Any],
 ) -> str:
     """`scores` and `intervals` (of the primary metric) are by model: base, reference, finetuned; `gains` is gain.json;
     `examples` holds lists of {"query", "passage", "before", "after", "first_before", "first_after"}, before and after
-    being ranks, and first_… None where it is the right passage; `clusters` counts the test rows' distinct passages.
+    being ranks, and first_… None where it is the right passage.
     """
     metric, queries = params.evaluate.primary_metric, data["rows"]["test"]
-    few = "" if clusters >= FEW_CLUSTERS else f" **Only {clusters} passages: these intervals are too narrow.**"
     return f"""# Result
 
-{headline(params, gains, queries)}{few}
+{headline(params, gains)}
 
 {score_table(params, scores, intervals)}
 
-{queries:,} test queries over {data["passages"]:,} passages. {near_duplicates_in_words(gains, data)}
+{queries:,} test queries, {data["passages"]:,} passages to search. {near_duplicates_in_words(gains, data)}
 
 {picture("scores")}
 {picture("ranks")}
@@ -71,12 +77,12 @@ def write_report(
 
 {gain_table(metric, gains)}
 
-The primary metric was named before the run, in params.yaml; the others are for orientation, since of many metrics one \
-may differ by luck. Intervals: bootstrap over passages (queries with one passage stand or fall together)\
-{" and seeds" if len(params.train.seeds) > 1 else ""}; p: paired randomization test.
+The primary metric is named in params.yaml; the others are for orientation, since of many metrics one may differ by \
+luck. Intervals: bootstrap over {gains["test"]["groups"]:,} groups of queries (those with one passage stand or fall \
+together); p: paired randomization test over the same groups. {seeds_in_words(metric, gains)}
 
 {robustness_table(metric, gains)}
-{seeds_in_words(metric, gains)}
+
 {picture("recall")}
 {picture("length")}
 
@@ -96,25 +102,30 @@ Licence: {card.licence}. Source: {card.citation}.
 
 {picture("training")}
 
-**Environment** {", ".join(f"{name} {value}" for name, value in environment.items())}.
+**Environment** of this evaluation, {", ".join(f"{name} {value}" for name, value in environment.items())}; of \
+training, see metrics/environment/.
 """
 
 
-def headline(params: Params, gains: dict[str, Any], queries: int) -> str:
+def headline(params: Params, gains: dict[str, Any]) -> str:
     metric, counts = params.evaluate.primary_metric, gains["over_base"]["queries"]
+    queries, groups = gains["test"]["queries"], gains["test"]["groups"]
+    few = f" **Only {groups} groups of queries: the intervals are too narrow.**" if groups < FEW_GROUPS else ""
     over_base, over_reference = (Comparison(**gains[f"over_{role}"][metric]) for role in ("base", "reference"))
     reference = f"the reference ({params.models.reference})"
     return (
         f"**{verdict(over_base, metric, 'The fine-tuned model', 'the base model', queries)}.**"
         f" {verdict(over_reference, metric, 'It', reference, queries)}. By {title(metric)} against the base model,"
-        f" {counts['wins']:,} queries gain, {counts['ties']:,} stay the same and {counts['losses']:,} lose."
+        f" {counts['wins']:,} queries gain, {counts['ties']:,} stay the same and {counts['losses']:,} lose." + few
     )
 
 
 def near_duplicates_in_words(gains: dict[str, Any], data: dict[str, Any]) -> str:
-    view = gains["over_base"].get("without_near_duplicates")
-    without = f"; without them the gain is {gain_and_p(view)[0]}" if view else ""
-    return f"{data['near_duplicates']['rows']:,} of them nearly stand in the training or validation rows{without}."
+    rows, view = data["near_duplicates"]["rows"], gains["over_base"].get("without_near_duplicates")
+    if not rows:
+        return "None of the queries, nor its passage, is a near-duplicate of a training or validation row's."
+    without = f"without them the gain is {gain_and_p(view)[0]}" if view else "without them too little is left to score"
+    return f"{rows:,} test rows are near-duplicates of training or validation rows; {without}."
 
 
 def picture(name: str) -> str:
@@ -122,17 +133,13 @@ def picture(name: str) -> str:
 
 
 def score_table(params: Params, scores: dict[str, dict[str, float]], intervals: dict[str, tuple[float, float]]) -> str:
-    primary = params.evaluate.primary_metric
-    others = [metric for metric in ("ndcg@10", "mrr@10", "accuracy@1", "accuracy@10") if metric != primary]
-    names = {
-        "base": ("base", params.models.base),
-        "reference": ("reference", params.models.reference),
-        "finetuned": ("fine-tuned", f"{params.models.base}, fine-tuned"),
-    }
-    rows = [
-        [*names[model], own[primary], "{:.3f} to {:.3f}".format(*intervals[model]), *(own[metric] for metric in others)]
-        for model, own in scores.items()
-    ]
+    primary, *others = headline_metrics(params.evaluate.primary_metric)
+    names = {"base": params.models.base, "reference": params.models.reference}
+    names["finetuned"] = f"{params.models.base}, fine-tuned"
+    rows = []
+    for model, role in MODELS.items():
+        own, between = scores[model], "{:.3f} to {:.3f}".format(*intervals[model])
+        rows.append([role, names[model], f"{own[primary]:.4f}", between, *(f"{own[metric]:.4f}" for metric in others)])
     return table(rows, ["", "model", title(primary), "95% interval", *map(title, others)])
 
 
@@ -150,26 +157,24 @@ def robustness_table(metric: Metric, gains: dict[str, Any]) -> str:
     """Does the gain stand without queries that training nearly saw, and under the other protocol for duplicates?"""
     names = {
         "without_near_duplicates": "without the near-duplicates of training and validation rows",
-        "one_document_a_row": "one document a row: an identical passage of another row is a miss",
+        "one_document_a_row": "one document a row: another row's identical passage is a miss",
         "identical_passages_merged": "identical passages are one document",
     }
     over_base = gains["over_base"]
     rows = [
-        [names[name], one["queries"], one["before"], one["after"], gain_and_p(one)[0]]
+        [names[name], f"{one['queries']:,}", f"{one['before']:.4f}", f"{one['after']:.4f}", gain_and_p(one)[0]]
         for name, one in over_base.items()
         if name in names
     ]
-    if not rows:
-        return "No test row is a near-duplicate, and no passage stands twice."
-    return table(rows, [f"{title(metric)} if …", "queries", "base", "fine-tuned", "gain (95%)"])
+    return table(rows, [f"{title(metric)} if …", "queries", "base", "fine-tuned", "gain (95%)"]) if rows else ""
 
 
 def seeds_in_words(metric: Metric, gains: dict[str, Any]) -> str:
     by_seed = gains["seeds"]
     if len(by_seed) == 1:
-        return ""
+        return ONE_SEED
     each = ", ".join(f"{name} {score:.4f}" for name, score in by_seed.items())
-    return f"\n{title(metric)} by seed: {each}.\n"
+    return f"The intervals are over seeds too; p holds them fixed. {title(metric)} by seed: {each}."
 
 
 def gain_and_p(comparison: dict[str, float]) -> tuple[str, str]:
@@ -219,4 +224,4 @@ def training_in_words(params: Params) -> str:
 
 
 def table(rows: list[list[Any]], headers: list[str]) -> str:
-    return tabulate(rows, headers=headers, tablefmt="github", floatfmt=".4f")
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)

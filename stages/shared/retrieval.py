@@ -11,8 +11,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from tqdm import tqdm
 
 from shared.errors import InputError
-from shared.records import Row, rounded
-from shared.scores import Ranking
+from shared.records import Ranking, Row, rounded
 
 DEPTH = 100  # documents kept a query; MAP@100 is the deepest metric
 CUTOFFS = [1, 3, 5, 10]

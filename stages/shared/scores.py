@@ -1,18 +1,20 @@
 """Each query's score, from the rank at which a model puts the one passage that answers it."""
 
-from typing import Any
-
 import numpy as np
 
+from shared.errors import InputError
 from shared.params import Metric
-from shared.records import Row
-
-Ranking = dict[str, Any]  # {"query_id", "query", "results": [{"corpus_id", "score"}, ...]}, best first
+from shared.records import Ranking, Row
 
 
 def ranks_of(rankings: list[Ranking], rows: list[Row]) -> np.ndarray:
-    """The rank of each row's passage in its query's ranking, shape (rows,): 1 is first, inf: it is not in it."""
+    """The rank of each row's passage in its query's ranking, shape (rows,): 1 is first, inf: it is not in it.
+
+    Raises InputError where a row has no ranking.
+    """
     found = {ranking["query_id"]: [result["corpus_id"] for result in ranking["results"]] for ranking in rankings}
+    if any(row["id"] not in found for row in rows):
+        raise InputError("data/rankings/ holds a search for other test rows; `dvc repro` brings all to one state")
     return np.array([place(row["document_id"], found[row["id"]]) for row in rows])
 
 
@@ -20,7 +22,8 @@ def ranks_in_other_protocol(rankings: list[Ranking], rows: list[Row], all_rows: 
     """What `ranks_of` would be if identical passages were one document a row (they are `merged`), or else one document.
 
     `all_rows` are those of all splits, of which the corpus was made. Copies of a passage have the same score, so that
-    they stand together in a ranking, in the order of their ids.
+    they stand together in a ranking, in the order of their ids. (BM25's scores would change a little, since copies
+    make their words commoner. Rows that prepare dropped as duplicates stay dropped.)
     """
     text = {row["document_id"]: row["positive"] for row in all_rows}
     copies: dict[str, list[str]] = {}

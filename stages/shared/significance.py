@@ -1,9 +1,10 @@
 """Is a difference between two models more than luck? Paired statistics over queries, and over seeds where several are.
 
-The unit is the passage and not the query: queries that one passage answers succeed or fail together, so that they are
-drawn together (a cluster). With one query a passage that is the usual test over queries.
+What is drawn is not the query but its group (`shared.groups`), as in any cluster bootstrap: queries with one passage
+succeed or fail together. Where each query has a passage of its own, that is the usual test over queries.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from scipy.stats import bootstrap, permutation_test
 RESAMPLES = 9_999
 SEED = 0
 CONFIDENCE = 0.95
-BATCH = 10**7  # numbers held at a time, 80 MB
+BATCH = 10**6  # numbers drawn at a time; with it memory stays at some tens of MB, a few hundred with several seeds
 
 
 class Comparison(NamedTuple):
@@ -24,16 +25,16 @@ class Comparison(NamedTuple):
     p_value: float
 
 
-def compare(after: np.ndarray, before: np.ndarray, clusters: np.ndarray) -> Comparison:
-    """Scores `after` against `before`, each of shape (seeds, queries); `clusters` is each query's number, from 0 on.
+def compare(after: np.ndarray, before: np.ndarray, groups: np.ndarray) -> Comparison:
+    """Scores `after` against `before`, each of shape (seeds, queries); `groups` is each query's number, from 0 on.
 
-    The interval is the percentile bootstrap over clusters and, where there are several, over seeds at the same time
+    The interval is the percentile bootstrap over groups and, where there are several, over seeds at the same time
     (the pigeonhole bootstrap: Owen 2007, Annals of Applied Statistics 1:386). The p-value is that of the paired
-    randomization test (Smucker, Allan, Carterette 2007, CIKM), which swaps the two models' scores cluster by cluster,
-    each the mean over its seeds. There must be two clusters or more.
+    randomization test (Smucker, Allan, Carterette 2007, CIKM), which swaps the two models' scores group by group,
+    each the mean over its seeds: the seeds are held fixed. There must be two groups or more.
     """
-    after_sums, before_sums = cluster_sums(after, clusters), cluster_sums(before, clusters)
-    low, high = interval(after_sums, before_sums, np.bincount(clusters))
+    after_sums, before_sums = group_sums(after, groups), group_sums(before, groups)
+    low, high = interval(after_sums, before_sums, np.bincount(groups))
     test = permutation_test(
         (after_sums.mean(axis=0), before_sums.mean(axis=0)),
         lambda a, b, axis: (a - b).sum(axis=axis),
@@ -46,20 +47,23 @@ def compare(after: np.ndarray, before: np.ndarray, clusters: np.ndarray) -> Comp
     return Comparison(float(after.mean() - before.mean()), low, high, float(test.pvalue))
 
 
-def score_interval(scores: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
+def score_interval(scores: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
     """The 95% interval of one model's mean score; shapes as for `compare`."""
-    sums = cluster_sums(scores, clusters)
-    return interval(sums, np.zeros_like(sums), np.bincount(clusters))
+    sums = group_sums(scores, groups)
+    return interval(sums, np.zeros_like(sums[:1]), np.bincount(groups))
 
 
-def cluster_sums(scores: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """The sum of the scores of each cluster, shape (seeds, clusters)."""
-    return np.stack([np.bincount(clusters, weights=seed) for seed in scores])
+def group_sums(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The sum of the scores of each group, shape (seeds, groups)."""
+    return np.stack([np.bincount(groups, weights=seed) for seed in scores])
 
 
 def interval(after: np.ndarray, before: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
-    """The 95% interval of the mean difference per query; `sizes` is the number of queries of each cluster."""
-    after, before = ready_to_draw(after), ready_to_draw(before)
+    """The 95% interval of the mean difference per query; `sizes` is the number of queries of each group."""
+    if len(after) == len(before) == 1:
+        differences = after[0] - before[0]
+        return draw((differences, sizes), lambda sums, sizes, axis: sums.sum(axis) / sizes.sum(axis), paired=True)
+    after, before = unbiased(after), unbiased(before)
 
     def mean_difference(chosen: np.ndarray, after_seeds: np.ndarray, before_seeds: np.ndarray, axis: int) -> np.ndarray:
         totals = [
@@ -68,20 +72,25 @@ def interval(after: np.ndarray, before: np.ndarray, sizes: np.ndarray) -> tuple[
         ]
         return (totals[0] - totals[1]) / sizes[chosen].sum(axis=-1)
 
+    return draw((np.arange(len(sizes)), np.arange(len(after)), np.arange(len(before))), mean_difference, paired=False)
+
+
+def draw(samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], paired: bool) -> tuple[float, float]:
     drawn = bootstrap(
-        (np.arange(len(sizes)), np.arange(len(after)), np.arange(len(before))),
-        mean_difference,
+        samples,
+        statistic,
+        paired=paired,
         method="percentile",
         vectorized=True,
         n_resamples=RESAMPLES,
-        batch=max(1, BATCH // max(after.size, before.size)),
+        batch=max(1, BATCH // len(samples[0])),
         confidence_level=CONFIDENCE,
         rng=np.random.default_rng(SEED),
     )
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
-def ready_to_draw(sums: np.ndarray) -> np.ndarray:
+def unbiased(sums: np.ndarray) -> np.ndarray:
     """Sums of which seeds can be drawn. Of S seeds, the bootstrap sees (S - 1) / S of the variance: it is given back.
 
     One seed stands twice: scipy draws from two or more, and between equals the draw makes no difference.
