@@ -15,11 +15,12 @@ run: $(BIN)/.installed  ## install, then run what has changed of the pipeline (d
 test: $(BIN)/.installed  ## run the tests (offline, a few minutes)
 	pytest
 
-# Sorted by the validation score, since whoever picks the best by test rows has trained on them. Of the columns that
-# differ: the score, the test's main metrics, the params.
-experiments: $(BIN)/.installed  ## the experiments side by side, best on validation rows first
-	dvc exp show --only-changed --sort-by metrics/gain.json:validation.after --sort-order desc \
-		--drop '(?!Experiment|metrics/gain.json:validation.after|metrics/finetuned.json:(ndcg|mrr)@10|.*(prepare|models|train)\.).*'
+# Sorted by the validation score: whoever picks the best by its test score has tuned to the test. Of the other columns,
+# those that differ, and of these the params.
+SHOWN := metrics/(gain.json:validation.after|finetuned.json:(ndcg|mrr)@10)
+experiments: $(BIN)/.installed  ## experiments and branches side by side, best on validation rows first
+	dvc exp show --all-branches --only-changed --keep '$(SHOWN)' --sort-by metrics/gain.json:validation.after \
+		--sort-order desc --drop '(?!Experiment|$(SHOWN)|(params.yaml:)?(prepare|models|train|evaluate)\.).*'
 
 report: $(BIN)/.installed  ## what this branch does to the result, as CI comments it on a pull request (TARGET=main)
 	@python stages/pull_request.py $(TARGET)

@@ -79,7 +79,7 @@ def main() -> None:
         metrics,
         {model: significance.score_interval(score(metric, own), groups) for model, own in ranks.items()},
         gains,
-        {what: examples(what, changes[0], test, corpus, rankings, ranks) for what in ("gained", "lost")},
+        {what: examples(what, changes[0], groups, test, corpus, rankings, ranks) for what in ("gained", "lost")},
         machine,
     )
     query_words = np.array([len(row["anchor"].split()) for row in test])
@@ -96,7 +96,7 @@ def main() -> None:
     records.write_json(records.METRICS / "finetuned.json", metrics["finetuned"])
     records.write_json(records.METRICS / "gain.json", gains)
     records.write_json(records.ENVIRONMENT / "final_eval.json", machine)
-    records.write_csv(records.METRICS / "ranks.csv", *rank_table(test, groups, ranks, seeds))
+    records.write_csv(records.METRICS / "ranks.csv", *rank_table(test, groups, near_duplicates, ranks, seeds))
     for name, picture in drawn.items():
         records.write_text(records.METRICS / f"plots/{name}.svg", picture)
     records.write_text(records.METRICS / "report.md", text)
@@ -163,6 +163,7 @@ def spread(seeds: list[int], scores: np.ndarray) -> dict[str, Any]:
 def examples(
     what: Literal["gained", "lost"],
     changes: np.ndarray,
+    groups: np.ndarray,
     test: list[Row],
     corpus: dict[str, str],
     rankings: dict[str, list[Ranking]],
@@ -173,7 +174,9 @@ def examples(
     change, before, after = sign * changes, ranks["base"][0], ranks["finetuned"][0]
     # Many change by the same score: then those first whose passage moved farthest.
     farthest = sign * (1 / after - 1 / before)
-    most = [i for i in np.lexsort((-farthest, -change))[:EXAMPLES] if change[i] > 0]
+    order = [i for i in np.lexsort((-farthest, -change)) if change[i] > 0]
+    _, firsts = np.unique(groups[order], return_index=True)  # one of each group, since the others say the same
+    most = [order[place] for place in sorted(firsts)[:EXAMPLES]]
     first = {
         model: {ranking["query_id"]: ranking["results"][0]["corpus_id"] for ranking in rankings[model][0]}
         for model in ("base", "finetuned")
@@ -192,16 +195,21 @@ def examples(
 
 
 def rank_table(
-    test: list[Row], groups: np.ndarray, ranks: Ranks, seeds: list[int]
+    test: list[Row], groups: np.ndarray, near_duplicates: set[str], ranks: Ranks, seeds: list[int]
 ) -> tuple[list[str], list[list[Any]]]:
     """Header and rows of ranks.csv: enough to compare two commits query by query, from Git alone. Empty: not found."""
     columns = {"base": ranks["base"][0], "reference": ranks["reference"][0]}
     columns |= {f"finetuned-{seed}": own for seed, own in zip(seeds, ranks["finetuned"], strict=True)}
     rows = [
-        [row["id"], groups[i], *("" if np.isinf(own[i]) else int(own[i]) for own in columns.values())]
+        [
+            row["id"],
+            groups[i],
+            int(row["id"] in near_duplicates),
+            *("" if np.isinf(own[i]) else int(own[i]) for own in columns.values()),
+        ]
         for i, row in enumerate(test)
     ]
-    return ["query_id", "group", *columns], rows
+    return ["query_id", "group", "near_duplicate", *columns], rows
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 For CI, and no stage of dvc.yaml: there it would stop the pipeline before the metrics can be read.
 
-Reads   params.yaml, metrics/gain.json
+Reads   params.yaml, metrics/gain.json, and what `dvc status` reads: a result of other code or params is none
 """
 
-from shared import records, report
+from shared import records, report, status
 from shared.errors import InputError, run
 from shared.params import read_params
 
@@ -13,13 +13,14 @@ from shared.params import read_params
 def main() -> None:
     evaluate = read_params().evaluate
     metric, minimum = evaluate.primary_metric, evaluate.minimum_gain
-    if minimum is None:
-        print("evaluate.minimum_gain is null: no gain is asked for")
+    if minimum == "off":
+        print("evaluate.minimum_gain is off: no gain is asked for")
         return
+    changed = status.out_of_date()
+    if changed:
+        raise InputError(f"metrics/ are of an earlier state ({changed[0]} has changed); `dvc repro`, then commit them")
     gains = records.read_metrics("gain")
-    gain = gains.get("over_base", {}).get(metric)
-    if gain is None:
-        raise InputError(f"metrics/gain.json does not have {metric} as the primary metric; run `dvc repro`")
+    gain = gains["over_base"][metric]
     words = f"the gain over the base model is {gain['gain']:+.4f} {metric}, 95% from {gain['low']:+.4f}"
     groups = gains["test"]["groups"]
     if groups < report.FEW_GROUPS:

@@ -19,7 +19,7 @@ import numpy as np
 from ruamel.yaml import YAML
 from tabulate import tabulate
 
-from shared import records, report, significance
+from shared import records, report, significance, status
 from shared.errors import InputError, run
 from shared.params import ROOT, Metric, read_params
 from shared.scores import score
@@ -35,26 +35,25 @@ def main() -> None:
     target = parser.parse_args().target
     metric = read_params().evaluate.primary_metric
     if git("rev-parse", "--verify", "--quiet", f"{target}^{{commit}}") is None:
-        raise InputError(
-            f"there is no revision {target} to compare with; `git fetch --depth 1 origin {target}:{target}`"
-        )
+        raise InputError(f"Git knows no revision {target}; a branch: `git fetch --depth 1 origin {target}:{target}`")
     text = written("metrics/report.md")
     head, _, _ = text.removeprefix("# Result").partition(report.HEADLINE_END)
 
     print(
         f"""{MARK}
-## Result of this branch
-{without_pictures(head)}
+## This branch against `{target}`
 
-## Against `{target}`
-
-{verdict_against(target, metric)}
+{staleness()}{verdict_against(target, metric)}
 
 {score_changes(target, metric)}
 
 {dvc_diff("params", target) or f"No param differs from `{target}`."}
 
 {environment_changes(target)}
+
+## Its result
+
+{without_pictures(head)}
 
 {pictures(target, SHOWN)}
 
@@ -63,6 +62,14 @@ def main() -> None:
 {folded("All metrics that differ", dvc_diff("metrics", target) or "None.")}
 
 {folded("The whole report", without_pictures(text))}"""
+    )
+
+
+def staleness() -> str:
+    changed = status.out_of_date()
+    few = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+    return (
+        f"**The metrics are of an earlier state of this branch**: {few} changed since. `dvc repro`.\n\n" if few else ""
     )
 
 
@@ -99,37 +106,57 @@ def dvc_diff(kind: str, target: str) -> str:
 
 def verdict_against(target: str, metric: Metric) -> str:
     """Whether this branch's fine-tuned model is better than the target's: a paired comparison, query by query."""
-    there = git("show", f"{target}:metrics/ranks.csv")
-    if there is None:
-        return f"`{target}` has no metrics/ranks.csv, so that the models cannot be compared query by query."
-    if test_data(written("dvc.lock")) != test_data(git("show", f"{target}:dvc.lock") or ""):
+    if not same_test(target):
         return "**The test data differ**, so that the scores cannot be compared."
-    groups, after = finetuned_ranks(written("metrics/ranks.csv"))
-    _, before = finetuned_ranks(there)
+    here = read_ranks(written("metrics/ranks.csv"))
+    if here is None:
+        raise InputError("metrics/ranks.csv is damaged; `git checkout metrics`, or `dvc repro`")
+    there = read_ranks(git("show", f"{target}:metrics/ranks.csv") or "")
+    if there is None:
+        return (
+            f"`{target}` has no metrics/ranks.csv as it is now, so that the models cannot be compared query by query."
+        )
+    (groups, unseen, after), (_, _, before) = here, there
     if np.array_equal(after, before):
         return f"This branch's fine-tuned model finds every query's passage where `{target}`'s does."
-    comparison = significance.compare(score(metric, after), score(metric, before), groups)
+    after, before = score(metric, after), score(metric, before)
+    comparison = significance.compare(after, before, groups)
     words = report.verdict(comparison, metric, "This branch's fine-tuned model", f"`{target}`'s", len(groups))
-    caveat = f" {report.ONE_SEED}" if 1 in (len(after), len(before)) else ""
-    return f"**{words}**, p {report.p_in_words(comparison.p_value)}.{caveat}"
+    text = f"**{words}**, p {report.p_in_words(comparison.p_value)}."
+    _, own_groups = np.unique(groups[unseen], return_inverse=True)
+    if own_groups.any():  # there are two or more
+        few = significance.compare(after[:, unseen], before[:, unseen], own_groups)
+        text += f" Without near-duplicates of training rows: {report.gain_and_p(few._asdict())[0]}."
+    return f"{text} {report.ONE_SEED}" if 1 in (len(after), len(before)) else text
 
 
-def test_data(lock: str) -> dict[str, str]:
-    """The hashes of the test queries and the corpus, from a dvc.lock."""
-    stages = (YAML(typ="safe", pure=True).load(lock) or {}).get("stages", {})
-    deps = stages.get("baseline_eval@base", {}).get("deps", [])
-    return {dep["path"]: dep["md5"] for dep in deps if dep["path"].startswith("data/prepared/")}
+def same_test(target: str) -> bool:
+    """Whether both runs were of the same test queries and corpus, by their hashes in dvc.lock."""
+    hashes = []
+    for lock in (written("dvc.lock"), git("show", f"{target}:dvc.lock") or ""):
+        stages = (YAML(typ="safe", pure=True).load(lock) or {}).get("stages", {})
+        deps = stages.get("baseline_eval@base", {}).get("deps", [])
+        hashes.append({dep["path"]: dep["md5"] for dep in deps if dep["path"].startswith("data/prepared/")})
+    return hashes[0] == hashes[1]
 
 
-def finetuned_ranks(table: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of a ranks.csv: each query's group, and the ranks of its passage, shape (seeds, queries)."""
-    rows = list(csv.DictReader(io.StringIO(table)))
-    seeds = [name for name in rows[0] if name.startswith("finetuned-")]
-    ranks = np.array([[float(row[seed] or "inf") for row in rows] for seed in seeds])
-    return np.array([int(row["group"]) for row in rows]), ranks
+def read_ranks(table: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Of a ranks.csv: each query's group, whether it is no near-duplicate, and the fine-tuned models' ranks of its
+    passage, shape (seeds, queries). None where the table is damaged, or of another version of this repo.
+    """
+    try:
+        rows = list(csv.DictReader(io.StringIO(table)))
+        groups, near_duplicates = ([int(row[name]) for row in rows] for name in ("group", "near_duplicate"))
+        seeds = [name for name in rows[0] if name.startswith("finetuned-")]
+        ranks = np.array([[float(row[seed] or "inf") for row in rows] for seed in seeds])  # empty: not found
+    except (ValueError, KeyError, IndexError, TypeError):
+        return None
+    return np.array(groups), np.array(near_duplicates) == 0, ranks
 
 
 def score_changes(target: str, primary: Metric) -> str:
+    if not same_test(target):
+        return ""
     metrics = report.headline_metrics(primary)
     rows = []
     for model, name in report.MODELS.items():

@@ -1,11 +1,7 @@
 """What dvc.yaml and dvc.lock say is true: stages declare what they import; the committed run is of this code."""
 
 import ast
-import json
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +9,9 @@ import yaml
 
 from conftest import ROOT
 from shared.params import TrainParams
+from shared.status import out_of_date
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-ABSENT = ("deleted", "not in cache")
 
 
 def shared_imports(path: Path) -> set[str]:
@@ -45,17 +41,4 @@ def test_training_depends_on_all_of_its_params_but_the_list_of_seeds():
 
 
 def test_the_committed_run_is_of_this_code_and_these_params():
-    dvc = [sys.executable, "-m", "dvc", "status", "--json"]
-    status = json.loads(subprocess.run(dvc, cwd=ROOT, capture_output=True, check=True).stdout)
-    assert not list(differences(status)), "`dvc repro`, then commit dvc.lock and metrics/"
-
-
-def differences(status: dict[str, list]) -> Iterator[str]:
-    """What `dvc status --json` found changed. Data and models are not in Git, so that they may be absent."""
-    for stage, changes in status.items():
-        for change in changes:
-            if isinstance(change, str):
-                yield f"{stage}: {change}"
-                continue
-            for paths in change.values():
-                yield from (f"{stage}: {path} is {state}" for path, state in paths.items() if state not in ABSENT)
+    assert not out_of_date(), "`dvc repro`, then commit dvc.lock and metrics/"

@@ -47,7 +47,7 @@ def comment(repo, folder: Path, *target: str) -> str:
 
 def test_the_comment_says_what_changed(repo, clone):
     text = comment(repo, clone)
-    head, _, against = text.partition("## Against `main`")
+    against, _, head = text.partition("## Its result")
     report = (repo.folder / "metrics/report.md").read_text()
     assert re.search(r"\*\*The fine-tuned model is .+\*\*", head)[0] in report
     assert re.search(r"\*\*This branch's fine-tuned model is worse than `main`'s by 0\.\d+ NDCG@10 \(95%", against)
@@ -85,7 +85,7 @@ def test_a_branch_without_effect(repo, clone):
     text = comment(repo, clone, "slower")
     assert "finds every query's passage where `slower`'s does" in text
     assert "No param differs" in text
-    assert "→" not in text.partition("## Against")[2].partition("<details>")[0]
+    assert "→" not in text.partition("## Its result")[0]
 
 
 def test_two_seeds_of_one_recipe_are_no_difference(repo, clone):
@@ -100,12 +100,41 @@ def test_two_seeds_of_one_recipe_are_no_difference(repo, clone):
     assert "**This branch's fine-tuned model and `main`'s: no difference that 687 queries can show" in text
 
 
+def test_metrics_of_an_earlier_state_are_named_and_fail_the_gate(repo, clone):
+    path = clone / "params.yaml"
+    before = path.read_text()
+    path.write_text(before.replace("epochs: 1", "epochs: 3").replace("minimum_gain: off", "minimum_gain: -1"))
+    text = comment(repo, clone)
+    assert (
+        "**The metrics are of an earlier state of this branch**: train@42: train.epochs, final_eval: train.epochs"
+        in text
+    )
+    result = repo.run("python", "stages/gate.py", cwd=clone, check=False)
+    assert result.returncode == 1
+    assert "metrics/ are of an earlier state (train@42: train.epochs has changed)" in result.stderr
+    path.write_text(before)
+    assert "earlier state" not in comment(repo, clone)
+
+
+def test_a_damaged_table_of_ranks(repo, clone):
+    path = clone / "metrics/ranks.csv"
+    before = path.read_text()
+    path.write_text("")
+    result = repo.run("python", "stages/pull_request.py", cwd=clone, check=False)
+    assert result.returncode == 1
+    assert "metrics/ranks.csv is damaged; `git checkout metrics`" in result.stderr
+    assert "Traceback" not in result.stderr
+    path.write_text(before)
+
+
 def test_other_data_are_not_compared(repo, clone):
     lock = clone / "dvc.lock"
     before = lock.read_text()
     md5 = dict(re.findall(r"data/prepared/(train|test).jsonl\n +hash: md5\n +md5: (\w+)", before))
     lock.write_text(before.replace(md5["test"], "0" * 32))
-    assert "**The test data differ**" in comment(repo, clone)
+    text = comment(repo, clone)
+    assert "**The test data differ**" in text
+    assert "→" not in text.partition("## Its result")[0]
     lock.write_text(before.replace(md5["train"], "0" * 32))  # other training rows may be what the branch is about
     assert "model is worse than `main`'s" in comment(repo, clone)
     lock.write_text(before)
@@ -114,11 +143,11 @@ def test_other_data_are_not_compared(repo, clone):
 def test_a_target_that_git_does_not_know(repo, clone):
     result = repo.run("python", "stages/pull_request.py", "absent", cwd=clone, check=False)
     assert result.returncode == 1
-    assert "there is no revision absent to compare with; `git fetch" in result.stderr
+    assert "Git knows no revision absent" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(("minimum", "passes"), [(None, True), (-1, True), (0.0, True), (0.9, False)])
+@pytest.mark.parametrize(("minimum", "passes"), [("off", True), (-1, True), (0.0, True), (0.9, False)])
 def test_the_gate(repo, minimum, passes):
     repo.set(**{"evaluate.minimum_gain": minimum})
     result = repo.run("python", "stages/gate.py", check=False)

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -66,9 +66,16 @@ class ModelsParams(Settings):
     reference: ModelName
 
 
+def check_minimum_gain(gain: Any) -> Any:
+    number = isinstance(gain, int | float) and not isinstance(gain, bool)
+    if gain != "off" and not (number and -1 <= gain <= 1):
+        raise ValueError("should be off, or a number from -1 to 1")
+    return gain
+
+
 class EvaluateParams(Settings):
     primary_metric: Metric
-    minimum_gain: Annotated[float, Field(ge=-1, le=1)] | None
+    minimum_gain: Annotated[float | Literal["off"], BeforeValidator(check_minimum_gain)]
     batch_size: Annotated[int, Field(ge=1, le=65536)]
 
 

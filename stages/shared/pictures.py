@@ -16,7 +16,7 @@ from shared.report import MODELS, title
 from shared.scores import score
 
 COLOURS = {"base": "#8c959f", "reference": "#d4a72c", "finetuned": "#2f81f7"}
-RANK_GROUPS = {"1": 1, "2–3": 3, "4–10": 10, "11–100": 100, "none in 100": np.inf}  # and the last rank of each
+RANK_GROUPS = {"1": 1, "2–3": 3, "4–10": 10, "11–100": 100, "not in 100": np.inf}  # and the last rank of each
 LENGTH_GROUPS = 5
 # Stand-ins that matplotlib draws with, and what they become in light and in dark.
 INK, PAPER, FAINT = "#010101", "#fefefe", "#d1d1d1"
@@ -59,7 +59,7 @@ def scores(ranks: dict[str, np.ndarray], groups: np.ndarray, metrics: list[Metri
         for position, height, (_, high) in zip(positions, heights, intervals, strict=True):
             axes.text(position, high + 0.02, f"{height:.3f}", ha="center", va="bottom", fontsize=8)
     axes.set_xticks(np.arange(len(metrics)), [title(metric) for metric in metrics])
-    axes.margins(y=0.12)  # room for the numbers
+    axes.set_ylim(0, 1.1)  # the same for all runs, so that two pictures can be compared
     axes.set_title("Scores on the test queries; whiskers: 95% interval of each score by itself")
     legend_below(figure, axes)
     return svg(figure)
@@ -147,6 +147,8 @@ def gain_by_length(gains: np.ndarray, groups: np.ndarray, words: np.ndarray, met
     axes.bar(places, heights, 0.6, color=COLOURS["finetuned"])
     whiskers(axes, places, heights, intervals)
     axes.axhline(0, color=INK, linewidth=0.8)
+    lows, highs = np.transpose(intervals)
+    axes.set_ylim(min(-0.1, *lows), max(0.5, *highs))  # mostly the same, so that two pictures can be compared
     axes.set_xticks(places, labels)
     axes.set_xlabel("words in the query")
     axes.set_title(f"Gain in {title(metric)} over the base model, by query length; whiskers: 95%")

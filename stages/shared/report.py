@@ -68,7 +68,8 @@ def write_report(
 
 {score_table(params, scores, intervals)}
 
-{queries:,} test queries, {data["passages"]:,} passages to search. {near_duplicates_in_words(gains, data)}
+{queries:,} test queries in {gains["test"]["groups"]:,} groups, {data["passages"]:,} passages to search. \
+{near_duplicates_in_words(gains, data)}
 
 {picture("scores")}
 {picture("ranks")}
@@ -78,8 +79,9 @@ def write_report(
 {gain_table(metric, gains)}
 
 The primary metric is named in params.yaml; the others are for orientation, since of many metrics one may differ by \
-luck. Intervals: bootstrap over {gains["test"]["groups"]:,} groups of queries (those with one passage stand or fall \
-together); p: paired randomization test over the same groups. {seeds_in_words(metric, gains)}
+luck. Each query has one right passage, so that accuracy@k is also recall@k. Intervals: bootstrap over the groups \
+(queries with one passage stand or fall together); p: paired randomization test over the groups. \
+{seeds_in_words(metric, gains)}
 
 {robustness_table(metric, gains)}
 
@@ -95,7 +97,8 @@ together); p: paired randomization test over the same groups. {seeds_in_words(me
 ## What was run
 
 **Data** `{data["card"]}`: {card.title}. Revision {data["revision"]}; {data["rows"]["train"]:,} training, \
-{data["rows"]["validation"]:,} validation and {queries:,} test rows.
+{data["rows"]["validation"]:,} validation and {queries:,} test rows. {dropped_in_words(data)}Near-duplicates: \
+{params.prepare.near_duplicate_similarity:g} alike or more.
 Licence: {card.licence}. Source: {card.citation}.
 
 **Training** {training_in_words(params)} The validation rows chose the checkpoint.
@@ -122,10 +125,12 @@ def headline(params: Params, gains: dict[str, Any]) -> str:
 
 def near_duplicates_in_words(gains: dict[str, Any], data: dict[str, Any]) -> str:
     rows, view = data["near_duplicates"]["rows"], gains["over_base"].get("without_near_duplicates")
-    if not rows:
-        return "None of the queries, nor its passage, is a near-duplicate of a training or validation row's."
-    without = f"without them the gain is {gain_and_p(view)[0]}" if view else "without them too little is left to score"
-    return f"{rows:,} test rows are near-duplicates of training or validation rows; {without}."
+    alike = f"{rows:,} test rows are near-duplicates of training or validation rows"
+    if view:
+        return f"**{alike}; without them the gain is {gain_and_p(view)[0]}.**"
+    return (
+        f"**{alike}: too little is left without them, so that this test may measure memory.**" if rows else alike + "."
+    )
 
 
 def picture(name: str) -> str:
@@ -204,7 +209,7 @@ def example_list(what: str, examples: list[dict[str, Any]]) -> str:
 
 
 def rank_in_words(rank: float) -> str:
-    return f"{rank:.0f}" if np.isfinite(rank) else "not found"
+    return f"{rank:.0f}" if np.isfinite(rank) else "not in 100"
 
 
 def quoted(text: str) -> str:
@@ -213,12 +218,23 @@ def quoted(text: str) -> str:
     return "`" + short.replace("`", "'") + "`"
 
 
+def dropped_in_words(data: dict[str, Any]) -> str:
+    dropped = data["dropped_rows"]
+    reasons = {
+        "empty": "empty",
+        "duplicate": "the same twice",
+        "word_overlap": "queries whose words stand in the passage, which are the easy ones for a keyword search",
+    }
+    words = [f"{dropped[reason]:,} ({text})" for reason, text in reasons.items() if dropped[reason]]
+    return f"Dropped by the card or the params: {', '.join(words)}. " if words else ""
+
+
 def training_in_words(params: Params) -> str:
     train = params.train
     arguments = "".join(f", {name} {value}" for name, value in train.arguments.items())
     seeds = ("seed " if len(train.seeds) == 1 else "seeds ") + ", ".join(map(str, train.seeds))
     return (
-        f"MultipleNegativesRankingLoss, learning rate {train.learning_rate:g}, {train.epochs:g} epoch(s), batch"
+        f"MultipleNegativesRankingLoss, learning rate {train.learning_rate:g}, epochs {train.epochs:g}, batch"
         f" {train.batch_size}, warm-up {train.warmup:g}, precision {train.precision}, {seeds}{arguments}."
     )
 
