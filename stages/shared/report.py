@@ -11,7 +11,7 @@ from shared.significance import Comparison
 
 LONGEST_TEXT = 240  # characters of a passage in an example
 FEW_GROUPS = 50  # below, the bootstrap's interval is too narrow: with 30 it held the truth 92 times in 100, not 95
-SURE = 0.05  # the p-value below which a difference is called one, where the 95% interval agrees
+ALPHA = 0.05  # significance level: below this p a difference is called one, where the 95% interval agrees
 MODELS = {"base": "base", "reference": "reference", "finetuned": "fine-tuned"}
 ONE_SEED = "One seed: how much another would change is not in the intervals (train.seeds: five would tell)."
 HEADLINE_END = "## How sure"  # what stands before it is also the head of the pull request's comment
@@ -37,9 +37,9 @@ def headline_metrics(primary: Metric) -> list[Metric]:
 def verdict(comparison: Comparison, metric: Metric, model: str, other: str, queries: int) -> str:
     """What the statistics say: "It is better than the base model by 0.041 NDCG@10 (95% 0.022 to 0.060)"."""
     gain, low, high, p = comparison
-    if low > 0 and p < SURE:
+    if low > 0 and p < ALPHA:
         return f"{model} is better than {other} by {gain:.3f} {title(metric)} (95% {low:.3f} to {high:.3f})"
-    if high < 0 and p < SURE:
+    if high < 0 and p < ALPHA:
         return f"{model} is worse than {other} by {-gain:.3f} {title(metric)} (95% {-high:.3f} to {-low:.3f})"
     return (
         f"{model} and {other}: no difference that {queries:,} queries can show"

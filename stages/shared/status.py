@@ -28,4 +28,4 @@ def out_of_date() -> list[str]:
                         found += [f"{stage}: {name}" for name in state]
                     elif state not in ABSENT:
                         found.append(f"{stage}: {path}")
-    return found
+    return sorted(found)
