@@ -101,7 +101,7 @@ def main() -> None:
         records.write_text(records.METRICS / f"plots/{name}.svg", picture)
     records.write_text(records.METRICS / "report.md", text)
     remove_other_seeds(seeds)
-    print(report.headline(params, gains))
+    print(report.headline(params, data, gains))
 
 
 def remove_other_seeds(seeds: list[int]) -> None:

@@ -36,8 +36,7 @@ def main() -> None:
     metric = read_params().evaluate.primary_metric
     if git("rev-parse", "--verify", "--quiet", f"{target}^{{commit}}") is None:
         raise InputError(f"Git knows no revision {target}; a branch: `git fetch --depth 1 origin {target}:{target}`")
-    text = written("metrics/report.md")
-    head, _, _ = text.removeprefix("# Result").partition(report.HEADLINE_END)
+    head, _, rest = written("metrics/report.md").removeprefix("# Result").partition(report.HEADLINE_END)
 
     print(
         f"""{MARK}
@@ -45,13 +44,13 @@ def main() -> None:
 
 {staleness()}{verdict_against(target, metric)}
 
-{score_changes(target, metric)}
-
 {dvc_diff("params", target) or f"No param differs from `{target}`."}
 
 {environment_changes(target)}
 
-## Its result
+{score_changes(target, metric)}
+
+## Fine-tuned against base and reference
 
 {without_pictures(head)}
 
@@ -59,9 +58,11 @@ def main() -> None:
 
 {folded("More pictures", pictures(target, FOLDED))}
 
-{folded("All metrics that differ", dvc_diff("metrics", target) or "None.")}
+{folded(f"All metrics that differ from `{target}`", dvc_diff("metrics", target) or "None.")}
 
-{folded("The whole report", without_pictures(text))}"""
+{folded("The rest of the report", report.HEADLINE_END + without_pictures(rest))}
+
+`{target}` {git("rev-parse", "--short", target)} → this branch {git("rev-parse", "--short", "HEAD")}"""
     )
 
 
@@ -98,10 +99,12 @@ def dvc_diff(kind: str, target: str) -> str:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     if result.returncode:
         raise InputError(f"`dvc {kind} diff {target}` failed: {result.stderr.strip()}")
-    lines = result.stdout.strip().splitlines()
-    head, rows = lines[:2], lines[2:]
-    head[0] = head[0].replace("workspace", "this branch")
-    return "\n".join(head + sorted(rows)) if rows else ""  # DVC's own order changes from run to run
+    lines = result.stdout.strip().replace("workspace", "this branch", 1).splitlines()
+    # As code, since GitHub takes ndcg@10.gain for an e-mail address. Environments are compared elsewhere. Sorted, since
+    # DVC's own order changes from run to run.
+    rows = [re.sub(r"^\| (\S+)( +)\| (\S+)( +)\|", r"| `\1`\2| `\3`\4|", line) for line in lines[2:]]
+    rows = sorted(row for row in rows if "metrics/environment/" not in row)
+    return "\n".join(lines[:2] + rows) if rows else ""
 
 
 def verdict_against(target: str, metric: Metric) -> str:
@@ -116,18 +119,26 @@ def verdict_against(target: str, metric: Metric) -> str:
         return (
             f"`{target}` has no metrics/ranks.csv as it is now, so that the models cannot be compared query by query."
         )
-    (groups, unseen, after), (_, _, before) = here, there
-    if np.array_equal(after, before):
+    (groups, unseen, ours), (_, _, theirs) = here, there
+    in_both = ours.keys() & theirs.keys()
+    same = bool(in_both) and all(np.array_equal(ours[seed], theirs[seed]) for seed in in_both)
+    if same and ours.keys() == theirs.keys():
         return f"This branch's fine-tuned model finds every query's passage where `{target}`'s does."
-    after, before = score(metric, after), score(metric, before)
+    after, before = (score(metric, np.stack(list(ranks.values()))) for ranks in (ours, theirs))
     comparison = significance.compare(after, before, groups)
     words = report.verdict(comparison, metric, "This branch's fine-tuned model", f"`{target}`'s", len(groups))
-    text = f"**{words}**, p {report.p_in_words(comparison.p_value)}."
+    text = f"**{words}**; paired randomization test, p {report.p_in_words(comparison.p_value)}."
     _, own_groups = np.unique(groups[unseen], return_inverse=True)
     if own_groups.any():  # there are two or more
         few = significance.compare(after[:, unseen], before[:, unseen], own_groups)
-        text += f" Without near-duplicates of training rows: {report.gain_and_p(few._asdict())[0]}."
-    return f"{text} {report.ONE_SEED}" if 1 in (len(after), len(before)) else text
+        text += f" Without near-duplicates of training or validation rows: {report.gain_and_p(few._asdict())[0]}."
+    if same:
+        text += (
+            f" Only the seeds differ: with seed {', '.join(sorted(in_both))} both find every passage at the same rank."
+        )
+    if 1 in (len(after), len(before)):
+        text += f" Seeds: `{target}` {len(before)}, this branch {len(after)}; of one, the luck is not in the interval."
+    return text
 
 
 def same_test(target: str) -> bool:
@@ -140,35 +151,35 @@ def same_test(target: str) -> bool:
     return hashes[0] == hashes[1]
 
 
-def read_ranks(table: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Of a ranks.csv: each query's group, whether it is no near-duplicate, and the fine-tuned models' ranks of its
-    passage, shape (seeds, queries). None where the table is damaged, or of another version of this repo.
+def read_ranks(table: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]] | None:
+    """Of a ranks.csv: each query's group, whether it is no near-duplicate, and seed → rank of its passage with the
+    fine-tuned model. None where the table is damaged, or of another version of this repo.
     """
     try:
         rows = list(csv.DictReader(io.StringIO(table)))
         groups, near_duplicates = ([int(row[name]) for row in rows] for name in ("group", "near_duplicate"))
-        seeds = [name for name in rows[0] if name.startswith("finetuned-")]
-        ranks = np.array([[float(row[seed] or "inf") for row in rows] for seed in seeds])  # empty: not found
+        seeds = [name.removeprefix("finetuned-") for name in rows[0] if name.startswith("finetuned-")]
+        ranks = {seed: np.array([float(row[f"finetuned-{seed}"] or "inf") for row in rows]) for seed in seeds}
     except (ValueError, KeyError, IndexError, TypeError):
         return None
     return np.array(groups), np.array(near_duplicates) == 0, ranks
 
 
 def score_changes(target: str, primary: Metric) -> str:
-    if not same_test(target):
-        return ""
-    metrics = report.headline_metrics(primary)
-    rows = []
+    """The models' scores that differ from the target's; nothing where the test is another."""
+    metrics, rows = report.headline_metrics(primary), []
     for model, name in report.MODELS.items():
         here, there = records.read_metrics(model), json_at(target, model)
-        rows.append([name, *(change(there.get(metric), here[metric]) for metric in metrics)])
-    return tabulate(rows, headers=["", *map(report.title, metrics)], tablefmt="github", disable_numparse=True)
+        if same_test(target) and here != there:
+            rows.append([name, *(change(there.get(metric), here[metric]) for metric in metrics)])
+    titles = [f"`{target}` → this branch", *map(report.title, metrics)]
+    return tabulate(rows, headers=titles, tablefmt="github", disable_numparse=True) if rows else ""
 
 
 def change(before: float | None, after: float) -> str:
     if before is None or before == after:
         return f"{after:.4f}"
-    return f"{before:.4f} → {after:.4f} ({after - before:+.4f})"
+    return f"{before:.4f} → {after:.4f} ({round(after, 4) - round(before, 4):+.4f})"
 
 
 def environment_changes(target: str) -> str:
@@ -183,7 +194,7 @@ def environment_changes(target: str) -> str:
     ]
     if not any(both.values()):
         return f"`{target}` does not record its environment."
-    return f"Environment: {'; '.join(changes)}." if changes else "Environment: the same."
+    return f"Environment: {'; '.join(changes)}." if changes else "Environment of training and evaluation: the same."
 
 
 def pictures(target: str, names: list[str]) -> str:

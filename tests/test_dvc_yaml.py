@@ -42,3 +42,9 @@ def test_training_depends_on_all_of_its_params_but_the_list_of_seeds():
 
 def test_the_committed_run_is_of_this_code_and_these_params():
     assert not out_of_date(), "`dvc repro`, then commit dvc.lock and metrics/"
+
+
+def test_the_readme_shows_the_head_of_the_committed_report():
+    report = (ROOT / "metrics/report.md").read_text()
+    head = report.removeprefix("# Result").partition("![")[0].strip()
+    assert head in (ROOT / "README.md").read_text(), "put the report's head into the README again"

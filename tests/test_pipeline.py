@@ -109,7 +109,7 @@ def test_the_report_shows_queries_with_what_was_found_first(repo):
         assert before == "not in 100" or int(after) < int(before)
     first = {ranking["query"]: ranking["results"][0]["corpus_id"] for ranking in rows(repo, "rankings/base.jsonl")}
     corpus = {row["id"]: row["text"] for row in rows(repo, "prepared/corpus.jsonl")}
-    shown = re.search(r"first before: `(.+?)…?`", report)[1]
+    shown = re.search(r"first by base: `(.+?)…?`", report)[1]
     assert corpus[first[examples[0][0]]].startswith(shown)
 
 

@@ -47,14 +47,14 @@ def comment(repo, folder: Path, *target: str) -> str:
 
 def test_the_comment_says_what_changed(repo, clone):
     text = comment(repo, clone)
-    against, _, head = text.partition("## Its result")
+    against, _, head = text.partition("## Fine-tuned against")
     report = (repo.folder / "metrics/report.md").read_text()
     assert re.search(r"\*\*The fine-tuned model is .+\*\*", head)[0] in report
     assert re.search(r"\*\*This branch's fine-tuned model is worse than `main`'s by 0\.\d+ NDCG@10 \(95%", against)
     assert re.search(r"fine-tuned \| +0\.\d{4} → 0\.\d{4} \([+-]0\.\d{4}\)", against)
-    assert re.search(r"train\.learning_rate +\| 0\.05 +\| 0\.003", against)
-    assert "Environment: the same." in against
-    assert re.search(r"gain\.json .*over_base\.ndcg@10\.gain", text)
+    assert re.search(r"train\.learning_rate` +\| 0\.05 +\| 0\.003", against)
+    assert "Environment of training and evaluation: the same." in against
+    assert re.search(r"gain\.json` .*`over_base\.ndcg@10\.gain`", text)
     assert "SECRET" not in text
     assert len(text) < 65_536  # GitHub's limit of a comment
 
@@ -85,7 +85,7 @@ def test_a_branch_without_effect(repo, clone):
     text = comment(repo, clone, "slower")
     assert "finds every query's passage where `slower`'s does" in text
     assert "No param differs" in text
-    assert "→" not in text.partition("## Its result")[0]
+    assert "→" not in text.partition("## Fine-tuned against")[0]
 
 
 def test_two_seeds_of_one_recipe_are_no_difference(repo, clone):
@@ -134,7 +134,7 @@ def test_other_data_are_not_compared(repo, clone):
     lock.write_text(before.replace(md5["test"], "f" * 32))
     text = comment(repo, clone)
     assert "**The test data differ**" in text
-    assert "→" not in text.partition("## Its result")[0]
+    assert "→" not in text.partition("## Fine-tuned against")[0]
     lock.write_text(before.replace(md5["train"], "f" * 32))  # other training rows may be what the branch is about
     assert "model is worse than `main`'s" in comment(repo, clone)
     lock.write_text(before)

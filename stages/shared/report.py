@@ -13,7 +13,6 @@ LONGEST_TEXT = 240  # characters of a passage in an example
 FEW_GROUPS = 50  # below, the bootstrap's interval is too narrow: with 30 it held the truth 92 times in 100, not 95
 ALPHA = 0.05  # significance level: below this p a difference is called one, where the 95% interval agrees
 MODELS = {"base": "base", "reference": "reference", "finetuned": "fine-tuned"}
-ONE_SEED = "One seed: how much another would change is not in the intervals (train.seeds: five would tell)."
 HEADLINE_END = "## How sure"  # what stands before it is also the head of the pull request's comment
 PICTURES = {
     "scores": "Scores of base, reference and fine-tuned model with 95% intervals",
@@ -64,12 +63,12 @@ def write_report(
     metric, queries = params.evaluate.primary_metric, data["rows"]["test"]
     return f"""# Result
 
-{headline(params, gains)}
+{headline(params, data, gains)}
 
 {score_table(params, scores, intervals)}
 
 {queries:,} test queries in {gains["test"]["groups"]:,} groups, {data["passages"]:,} passages to search. \
-{near_duplicates_in_words(gains, data)}
+{dropped_in_words(data)}
 
 {picture("scores")}
 {picture("ranks")}
@@ -90,15 +89,15 @@ luck. Each query has one right passage, so that accuracy@k is also recall@k. Int
 
 ## What gained and what lost
 
-{example_list("gained", examples["gained"])}
+{example_list("gained", examples["gained"], params.train.seeds)}
 
-{example_list("lost", examples["lost"])}
+{example_list("lost", examples["lost"], params.train.seeds)}
 
 ## What was run
 
 **Data** `{data["card"]}`: {card.title}. Revision {data["revision"]}; {data["rows"]["train"]:,} training, \
-{data["rows"]["validation"]:,} validation and {queries:,} test rows. {dropped_in_words(data)}Near-duplicates: \
-{params.prepare.near_duplicate_similarity:g} alike or more.
+{data["rows"]["validation"]:,} validation and {queries:,} test rows. Near-duplicates are texts whose sets of \
+three-letter sequences have a Jaccard similarity of {params.prepare.near_duplicate_similarity:g} or more.
 Licence: {card.licence}. Source: {card.citation}.
 
 **Training** {training_in_words(params)} The validation rows chose the checkpoint.
@@ -110,27 +109,27 @@ training, see metrics/environment/.
 """
 
 
-def headline(params: Params, gains: dict[str, Any]) -> str:
+def headline(params: Params, data: dict[str, Any], gains: dict[str, Any]) -> str:
     metric, counts = params.evaluate.primary_metric, gains["over_base"]["queries"]
     queries, groups = gains["test"]["queries"], gains["test"]["groups"]
     few = f" **Only {groups} groups of queries: the intervals are too narrow.**" if groups < FEW_GROUPS else ""
     over_base, over_reference = (Comparison(**gains[f"over_{role}"][metric]) for role in ("base", "reference"))
     reference = f"the reference ({params.models.reference})"
+    seeds = len(params.train.seeds)
     return (
-        f"**{verdict(over_base, metric, 'The fine-tuned model', 'the base model', queries)}.**"
-        f" {verdict(over_reference, metric, 'It', reference, queries)}. By {title(metric)} against the base model,"
-        f" {counts['wins']:,} queries gain, {counts['ties']:,} stay the same and {counts['losses']:,} lose." + few
+        f"**{verdict(over_base, metric, 'The fine-tuned model', 'the base model', queries)}."
+        f" {near_duplicates_in_words(gains, data)}** {verdict(over_reference, metric, 'It', reference, queries)}."
+        f" Against the base model, {counts['wins']:,} queries gain, {counts['ties']:,} stay the same and"
+        f" {counts['losses']:,} lose{f' (mean of {seeds} seeds)' if seeds > 1 else ''}.{few}"
     )
 
 
 def near_duplicates_in_words(gains: dict[str, Any], data: dict[str, Any]) -> str:
     rows, view = data["near_duplicates"]["rows"], gains["over_base"].get("without_near_duplicates")
-    alike = f"{rows:,} test rows are near-duplicates of training or validation rows"
+    alike = f"{rows:,} of {data['rows']['test']:,} test rows are near-duplicates of training or validation rows"
     if view:
-        return f"**{alike}; without them the gain is {gain_and_p(view)[0]}.**"
-    return (
-        f"**{alike}: too little is left without them, so that this test may measure memory.**" if rows else alike + "."
-    )
+        return f"{alike}; without them the gain is {gain_and_p(view)[0]}."
+    return f"{alike}: too little is left without them, so that this test may measure memory." if rows else f"{alike}."
 
 
 def picture(name: str) -> str:
@@ -177,7 +176,7 @@ def robustness_table(metric: Metric, gains: dict[str, Any]) -> str:
 def seeds_in_words(metric: Metric, gains: dict[str, Any]) -> str:
     by_seed = gains["seeds"]
     if len(by_seed) == 1:
-        return ONE_SEED
+        return "One seed: its luck is not in the intervals; train.seeds takes more."
     each = ", ".join(f"{name} {score:.4f}" for name, score in by_seed.items())
     return f"The intervals are over seeds too; p holds them fixed. {title(metric)} by seed: {each}."
 
@@ -191,18 +190,22 @@ def p_in_words(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def example_list(what: str, examples: list[dict[str, Any]]) -> str:
+def example_list(what: str, examples: list[dict[str, Any]], seeds: list[int]) -> str:
     if not examples:
         return f"No query {what}."
-    lines = [f"The {len(examples)} queries that {what} most (rank of the right passage before → after):", ""]
+    of_seed = f" with seed {seeds[0]}" if len(seeds) > 1 else ""
+    lines = [
+        f"The {len(examples)} queries that {what} most{of_seed}; rank of the right passage, base → fine-tuned:",
+        "",
+    ]
     for number, one in enumerate(examples, start=1):
         lines += [
             f"{number}. {quoted(one['query'])}: {rank_in_words(one['before'])} → {rank_in_words(one['after'])}",
             f"   - right: {quoted(one['passage'])}",
         ]
         lines += [
-            f"   - first {when}: {quoted(one[key])}"
-            for when, key in (("before", "first_before"), ("after", "first_after"))
+            f"   - first by {model}: {quoted(one[key])}"
+            for model, key in (("base", "first_before"), ("fine-tuned", "first_after"))
             if one[key] is not None
         ]
     return "\n".join(lines)
@@ -223,10 +226,10 @@ def dropped_in_words(data: dict[str, Any]) -> str:
     reasons = {
         "empty": "empty",
         "duplicate": "the same twice",
-        "word_overlap": "queries whose words stand in the passage, which are the easy ones for a keyword search",
+        "word_overlap": "the query repeats words of its passage, which is easy for a keyword search",
     }
     words = [f"{dropped[reason]:,} ({text})" for reason, text in reasons.items() if dropped[reason]]
-    return f"Dropped by the card or the params: {', '.join(words)}. " if words else ""
+    return f"Rows dropped: {', '.join(words)}." if words else ""
 
 
 def training_in_words(params: Params) -> str:
