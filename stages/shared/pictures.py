@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +18,7 @@ from shared.scores import score
 
 COLOURS = {"base": "#8c959f", "reference": "#d4a72c", "finetuned": "#2f81f7"}
 RANK_GROUPS = {"1": 1, "2–3": 3, "4–10": 10, "11–100": 100, "not in 100": np.inf}  # and the last rank of each
-LENGTH_GROUPS = 5
+LENGTH_CLASSES = 5
 # Stand-ins that matplotlib draws with, and what they become in light and in dark.
 INK, PAPER, FAINT = "#010101", "#fefefe", "#d1d1d1"
 THEMES = {"light": ("#1f2328", "#ffffff", "#d1d9e0"), "dark": ("#f0f6fc", "#0d1117", "#3d444d")}
@@ -132,17 +133,7 @@ def rank_moves(before: np.ndarray, after: np.ndarray) -> str:
 def gain_by_length(gains: np.ndarray, groups: np.ndarray, words: np.ndarray, metric: Metric) -> str:
     """The gain over the base for short to long queries. `gains`: (seeds, queries); the others: (queries,)."""
     figure, axes = canvas()
-    edges = np.unique(np.quantile(words, np.linspace(0, 1, LENGTH_GROUPS + 1)[1:], method="higher"))
-    groups = np.searchsorted(edges, words)
-    labels, heights, intervals = [], [], []
-    for group in np.unique(groups):
-        chosen = groups == group
-        first, last = words[chosen].min(), words[chosen].max()
-        labels.append(f"{first if first == last else f'{first}–{last}'}\n({chosen.sum():,} queries)")
-        heights.append(gains[:, chosen].mean())
-        _, own_groups = np.unique(groups[chosen], return_inverse=True)
-        few = own_groups.max() == 0  # one group has no interval
-        intervals.append((heights[-1],) * 2 if few else significance.score_interval(gains[:, chosen], own_groups))
+    labels, heights, intervals = zip(*gains_by_length(gains, groups, words), strict=True)
     places = np.arange(len(labels))
     axes.bar(places, heights, 0.6, color=COLOURS["finetuned"])
     whiskers(axes, places, heights, intervals)
@@ -154,6 +145,21 @@ def gain_by_length(gains: np.ndarray, groups: np.ndarray, words: np.ndarray, met
     axes.set_title(f"Gain in {title(metric)} over the base model, by query length; whiskers: 95%")
     figure.tight_layout()
     return svg(figure)
+
+
+def gains_by_length(
+    gains: np.ndarray, groups: np.ndarray, words: np.ndarray
+) -> Iterator[tuple[str, float, tuple[float, float]]]:
+    """A label, the mean gain and its interval, for about LENGTH_CLASSES classes of as many queries each."""
+    edges = np.unique(np.quantile(words, np.linspace(0, 1, LENGTH_CLASSES + 1)[1:], method="higher"))
+    classes = np.searchsorted(edges, words)
+    for one in np.unique(classes):
+        chosen = classes == one
+        first, last, mean = words[chosen].min(), words[chosen].max(), gains[:, chosen].mean()
+        _, own_groups = np.unique(groups[chosen], return_inverse=True)
+        several = own_groups.any()  # one group has no interval
+        between = significance.score_interval(gains[:, chosen], own_groups) if several else (mean, mean)
+        yield f"{first if first == last else f'{first}–{last}'}\n({chosen.sum():,} queries)", mean, between
 
 
 def canvas(columns: int = 1) -> tuple[Figure, Axes]:
