@@ -38,8 +38,7 @@ def main() -> None:
         raise InputError(f"Git knows no revision {target}; a branch: `git fetch --depth 1 origin {target}:{target}`")
     head, _, rest = written("metrics/report.md").removeprefix("# Result").partition(report.HEADLINE_END)
 
-    print(
-        f"""{MARK}
+    text = f"""{MARK}
 ## This branch against `{target}`
 
 {staleness()}{verdict_against(target, metric)}
@@ -60,10 +59,10 @@ def main() -> None:
 
 {folded(f"All metrics that differ from `{target}`", dvc_diff("metrics", target) or "None.")}
 
-{folded("The rest of the report", report.HEADLINE_END + without_pictures(rest))}
+{folded("The rest of the report", f"{report.HEADLINE_END}{without_pictures(rest)}")}
 
-`{target}` {git("rev-parse", "--short", target)} → this branch {git("rev-parse", "--short", "HEAD")}"""
-    )
+`{target}` {git("rev-parse", "--short=12", target)} → this branch {git("rev-parse", "--short=12", "HEAD")}"""
+    print(re.sub(r"\n{3,}", "\n\n", text))  # where a part has nothing to say
 
 
 def staleness() -> str:
@@ -229,7 +228,7 @@ def remote_url() -> str | None:
 
 
 def without_pictures(text: str) -> str:
-    return re.sub(r"^!\[.*\n", "", text, flags=re.MULTILINE).strip()
+    return re.sub(r"^!\[.*\n", "", text, flags=re.MULTILINE)
 
 
 def folded(summary: str, text: str) -> str:

@@ -55,6 +55,7 @@ def test_the_comment_says_what_changed(repo, clone):
     assert re.search(r"train\.learning_rate` +\| 0\.05 +\| 0\.003", against)
     assert "Environment of training and evaluation: the same." in against
     assert re.search(r"gain\.json` .*`over_base\.ndcg@10\.gain`", text)
+    assert "\n\n## How sure\n\n| gain of" in text
     assert "SECRET" not in text
     assert len(text) < 65_536  # GitHub's limit of a comment
 
