@@ -23,13 +23,14 @@ class Repo:
         self, *command: str, check: bool = True, cwd: Path | None = None, **env: str
     ) -> subprocess.CompletedProcess:
         """Run a command; `python` and `dvc` are those that run the tests. Output is captured as text."""
+        here = {name: value for name, value in os.environ.items() if not name.startswith("GITHUB_")}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.folder.parent / "hf")}
         identity = {f"GIT_{who}_{what}": "test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
         result = subprocess.run(
             command,
             cwd=cwd or self.folder,
-            env=os.environ | {"PATH": path} | identity | offline | env,
+            env=here | {"PATH": path} | identity | offline | env,
             capture_output=True,
             text=True,
             timeout=300,

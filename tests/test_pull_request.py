@@ -51,7 +51,7 @@ def test_the_comment_says_what_changed(repo, clone):
     report = (repo.folder / "metrics/report.md").read_text()
     assert re.search(r"\*\*The fine-tuned model is .+\*\*", head)[0] in report
     assert re.search(r"\*\*This branch's fine-tuned model is worse than `main`'s by 0\.\d+ NDCG@10 \(95%", against)
-    assert re.search(r"fine-tuned \| +0\.\d{4} → 0\.\d{4} \([+-]0\.\d{4}\)", against)
+    assert re.search(r"fine-tuned +\| 0\.\d{4} → 0\.\d{4} \([+-]0\.\d{4}\)", against)
     assert re.search(r"train\.learning_rate` +\| 0\.05 +\| 0\.003", against)
     assert "Environment of training and evaluation: the same." in against
     assert re.search(r"gain\.json` .*`over_base\.ndcg@10\.gain`", text)
@@ -107,12 +107,12 @@ def test_metrics_of_an_earlier_state_are_named_and_fail_the_gate(repo, clone):
     path.write_text(before.replace("epochs: 1", "epochs: 3").replace("minimum_gain: off", "minimum_gain: -1"))
     text = comment(repo, clone)
     assert (
-        "**The metrics are of an earlier state of this branch**: final_eval: train.epochs, train@42: train.epochs"
+        "**The metrics are of an earlier state of this branch**: final_eval: train, train@42: train.epochs changed"
         in text
     )
     result = repo.run("python", "stages/gate.py", cwd=clone, check=False)
     assert result.returncode == 1
-    assert "metrics/ are of an earlier state (final_eval: train.epochs has changed)" in result.stderr
+    assert "metrics/ are of an earlier state (final_eval: train has changed)" in result.stderr
     path.write_text(before)
     assert "earlier state" not in comment(repo, clone)
 
@@ -169,6 +169,7 @@ def test_the_workflow_posts_one_comment_and_updates_it(repo, clone, tmp_path):
         "PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
         "TARGET": "main",
         "NUMBER": "7",
+        "GITHUB_SERVER_URL": "https://github.com",
         "GITHUB_REPOSITORY": "org/name",
         "GITHUB_STEP_SUMMARY": str(summary),
         "COMMENTS": str(comments),
