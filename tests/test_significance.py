@@ -28,8 +28,8 @@ def simulate(draw: np.random.Generator, queries: int, seeds: int, passages: int)
 @pytest.mark.usefixtures("fewer_resamples")
 @pytest.mark.parametrize(
     ("queries", "seeds", "passages"),
-    [(100, 1, 100), (687, 1, 687), (687, 1, 150), (300, 3, 300)],
-    ids=["100 queries", "687 queries", "several queries a passage", "three seeds"],
+    [(50, 1, 50), (100, 1, 100), (687, 1, 687), (687, 1, 150), (300, 3, 300)],
+    ids=["50 queries", "100 queries", "687 queries", "several queries a passage", "three seeds"],
 )
 def test_intervals_hold_the_true_gain_in_95_of_100_draws(queries, seeds, passages):
     draw, held = np.random.default_rng(1), 0

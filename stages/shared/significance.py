@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import bootstrap, permutation_test
+from scipy.stats import bootstrap, norm, permutation_test, t
 
 RESAMPLES = 9_999
 SEED = 0
@@ -76,6 +76,13 @@ def interval(after: np.ndarray, before: np.ndarray, sizes: np.ndarray) -> tuple[
 
 
 def draw(samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], paired: bool) -> tuple[float, float]:
+    """The interval of the statistic; the first sample is the groups'.
+
+    Of n groups, percentiles alone make it as narrow as a normal interval without Bessel's correction; they are expanded
+    as the t distribution asks (Hesterberg 2015, The American Statistician 69:371).
+    """
+    groups = len(samples[0])
+    tail = norm.cdf(-np.sqrt(groups / (groups - 1)) * t.ppf((1 + CONFIDENCE) / 2, groups - 1))
     drawn = bootstrap(
         samples,
         statistic,
@@ -83,8 +90,8 @@ def draw(samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], 
         method="percentile",
         vectorized=True,
         n_resamples=RESAMPLES,
-        batch=max(1, BATCH // len(samples[0])),
-        confidence_level=CONFIDENCE,
+        batch=max(1, BATCH // groups),
+        confidence_level=1 - 2 * tail,
         rng=np.random.default_rng(SEED),
     )
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
