@@ -12,7 +12,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -94,11 +93,7 @@ def json_at(target: str, name: str) -> dict[str, Any]:
 
 def dvc_diff(kind: str, target: str) -> str:
     """The table of `dvc metrics diff` or `dvc params diff`; empty where nothing differs. Raises InputError."""
-    command = [sys.executable, "-m", "dvc", kind, "diff", target, "--md"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
-    if result.returncode:
-        raise InputError(f"`dvc {kind} diff {target}` failed: {result.stderr.strip()}")
-    lines = result.stdout.strip().replace("workspace", "this branch", 1).splitlines()
+    lines = status.dvc(kind, "diff", target, "--md").replace("workspace", "this branch", 1).splitlines()
     # As code, since GitHub takes ndcg@10.gain for an e-mail address. Environments are compared elsewhere. Sorted, since
     # DVC's own order changes from run to run.
     rows = [re.sub(r"^\| (\S+)( +)\| (\S+)( +)\|", r"| `\1`\2| `\3`\4|", line) for line in lines[2:]]
@@ -166,10 +161,12 @@ def read_ranks(table: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray
 
 def score_changes(target: str, primary: Metric) -> str:
     """The models' scores that differ from the target's; nothing where the test is another."""
+    if not same_test(target):
+        return ""
     metrics, rows = report.headline_metrics(primary), []
     for model, name in report.MODELS.items():
         here, there = records.read_metrics(model), json_at(target, model)
-        if same_test(target) and here != there:
+        if here != there:
             rows.append([name, *(change(there.get(metric), here[metric]) for metric in metrics)])
     titles = [f"`{target}` → this branch", *map(report.title, metrics)]
     return tabulate(rows, headers=titles, tablefmt="github", disable_numparse=True) if rows else ""

@@ -12,12 +12,8 @@ ABSENT = ("deleted", "not in cache")  # data and models are not in Git, so that 
 
 def out_of_date() -> list[str]:
     """What has changed since the run that wrote dvc.lock, as "stage: path": by `dvc status`. Raises InputError."""
-    dvc = [sys.executable, "-m", "dvc", "status", "--json"]
-    result = subprocess.run(dvc, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
-    if result.returncode:
-        raise InputError(f"`dvc status` failed: {result.stderr.strip()}")
     found = []
-    for stage, changes in json.loads(result.stdout).items():
+    for stage, changes in json.loads(dvc("status", "--json")).items():
         for change in changes:
             if isinstance(change, str):
                 found.append(f"{stage}: {change}")
@@ -29,3 +25,12 @@ def out_of_date() -> list[str]:
                     elif state not in ABSENT:
                         found.append(f"{stage}: {path}")
     return sorted(found)
+
+
+def dvc(*arguments: str) -> str:
+    """What the DVC command prints. Raises InputError where it fails."""
+    command = [sys.executable, "-m", "dvc", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    if result.returncode:
+        raise InputError(f"`dvc {' '.join(arguments)}` failed: {result.stderr.strip()}")
+    return result.stdout.strip()
