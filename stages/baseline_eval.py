@@ -28,7 +28,8 @@ def main() -> None:
     if folder is None:
         metrics, rankings = retrieval.search_with_bm25(evaluator)
     else:
-        metrics, rankings = retrieval.search_with_encoder(evaluator, encoders.load_encoder(folder, model_name))
+        model = encoders.load_encoder(folder, model_name)
+        metrics, rankings = retrieval.search_with_encoder(evaluator, model, encoders.devices())
 
     records.write_jsonl(records.RANKINGS / f"{baseline}.jsonl", rankings)
     records.write_json(records.METRICS / f"{baseline}.json", metrics)

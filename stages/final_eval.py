@@ -7,6 +7,7 @@ Writes  data/rankings/finetuned/<seed>.jsonl
         environment/final_eval.json
 """
 
+import re
 import shutil
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -39,11 +40,12 @@ def main() -> None:
     training = {seed: records.read_metrics(f"train/{seed}") for seed in seeds}
 
     # Ten seconds of imports: after the checks above, so that errors come at once.
-    from shared import retrieval
+    from shared import encoders, retrieval
 
     # 1. Search with each fine-tuned model, as the baselines did.
     evaluator = retrieval.make_evaluator(test, corpus, params.evaluate.batch_size, "test", keep_rankings=True)
-    searched = [retrieval.search_with_encoder(evaluator, load_finetuned(seed)) for seed in seeds]
+    devices = encoders.devices()
+    searched = [retrieval.search_with_encoder(evaluator, load_finetuned(seed), devices) for seed in seeds]
     metrics["finetuned"] = mean_metrics([own for own, _ in searched])
     rankings["finetuned"] = [ranking for _, ranking in searched]
 
@@ -91,8 +93,9 @@ def main() -> None:
         "length": pictures.gain_by_length(changes, groups, query_words, metric),
     }
 
-    for seed, ranking in zip(seeds, rankings["finetuned"], strict=True):
-        records.write_jsonl(records.RANKINGS / f"finetuned/{seed}.jsonl", ranking)
+    with records.new_folder(records.RANKINGS / "finetuned") as folder:
+        for seed, ranking in zip(seeds, rankings["finetuned"], strict=True):
+            records.write_jsonl(folder / f"{seed}.jsonl", ranking)
     records.write_json(records.METRICS / "finetuned.json", metrics["finetuned"])
     records.write_json(records.METRICS / "gain.json", gains)
     records.write_json(records.ENVIRONMENT / "final_eval.json", machine)
@@ -202,7 +205,7 @@ def rank_table(
     columns |= {f"finetuned-{seed}": own for seed, own in zip(seeds, ranks["finetuned"], strict=True)}
     rows = [
         [
-            row["id"],
+            re.sub("^(?=[-=+@])", "'", row["id"]),  # a spreadsheet would take -1 or =A1 for a formula
             groups[i],
             int(row["id"] in near_duplicates),
             *("" if np.isinf(own[i]) else int(own[i]) for own in columns.values()),

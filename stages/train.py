@@ -5,19 +5,25 @@ Reads   data/prepared/{train,validation,corpus}.jsonl, models.base
 Writes  models/finetuned/<seed>/, metrics/train/<seed>.json (validation score before and after, chosen step),
         metrics/curves/<seed>/{loss,validation}.csv, metrics/environment/train@<seed>.json
         models/scratch/<fingerprint>/: checkpoints (until the run ends) and TensorBoard logs; nobody's output
+
+With train.processes above 1 it starts itself that many times. Several hosts that share this folder start it by
+`accelerate launch --multi_gpu` each (README).
 """
 
 import argparse
+import atexit
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
 import shutil
+import socket
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from shared import records, sources
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 
 SCRATCH = ROOT / "models/scratch"
+SEAL = "seal.json"  # in a checkpoint: the hash of each of its files, written last
 # The library's arguments that have a plain name in params.yaml.
 PLAIN_NAMES = {
     "learning_rate": "learning_rate",
@@ -64,8 +71,17 @@ def main() -> None:
         raise InputError(f"params.yaml: train.seeds is {params.train.seeds}, which has no {seed}; add it there first")
     train, validation, corpus = records.read_split("train"), records.read_split("validation"), records.read_corpus()
     base = sources.model_folder(params.models.base, "base")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes == 1 < params.train.processes:
+        sys.exit(launch(params.train.processes))
+    if processes != params.train.processes:
+        raise InputError(f"params.yaml: train.processes is {params.train.processes}, and {processes} were started")
+    if processes == 1:
+        # The trainer would divide a process's batch among all GPUs that it sees, without the others' negatives.
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
     # Ten seconds of imports: after the checks above, so that errors come at once.
+    from accelerate.utils import broadcast_object_list
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -76,36 +92,49 @@ def main() -> None:
     metric = params.evaluate.primary_metric
     scratch = SCRATCH / fingerprint(params, seed, base)
     arguments = training_arguments(params.train, seed, scratch)
+    (scratch,) = broadcast_object_list([scratch])  # hosts that differ name it differently: the main process's counts
+    is_main_process = arguments.process_index == 0
+    if is_main_process:
+        lock(seed)
     model = encoders.load_encoder(base, params.models.base)
     evaluator = retrieval.make_evaluator(
         validation, corpus, params.evaluate.batch_size, "validation", keep_rankings=False
     )
     score_name = f"validation_{model.similarity_fn_name}_{metric}"
     score_before = evaluator(model)[score_name]
-    print(f"{params.models.base}: validation {metric} {score_before:.4f} before training")
+    if is_main_process:
+        print(f"{params.models.base}: validation {metric} {score_before:.4f} before training")
 
     # 2. The data: the loss takes the first column as the query and every further column as a passage.
     pairs = Dataset.from_list([{"anchor": row["anchor"], "positive": row["positive"]} for row in train])
 
-    # 3. Training, from the last whole checkpoint of this same run if it was cut.
-    arguments = dataclasses.replace(arguments, metric_for_best_model=f"eval_{score_name}", prompts=prompts(model))
+    # 3. Training, from the last whole checkpoint of this same run if it was cut. The main process says from which.
+    arguments = dataclasses.replace(
+        arguments, output_dir=str(scratch), metric_for_best_model=f"eval_{score_name}", prompts=prompts(model)
+    )
     trainer = SentenceTransformerTrainer(
         model=model,
         args=arguments,
         train_dataset=pairs,
         # The loss compares texts as retrieval will; 20 is the library's scale for cosines, which lie in -1 to 1.
         loss=MultipleNegativesRankingLoss(
-            model, scale=20.0 if model.similarity_fn_name == "cosine" else 1.0, similarity_fct=model.similarity
+            model,
+            scale=20.0 if model.similarity_fn_name == "cosine" else 1.0,
+            similarity_fct=model.similarity,
+            gather_across_devices=processes > 1,
         ),
         evaluator=evaluator,
-        callbacks=[watch()],
+        callbacks=[watch(scratch, params.train.checkpoints)],
     )
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(scratch))
+    (checkpoint,) = broadcast_object_list([last_whole_checkpoint(scratch) if is_main_process else None])
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if not is_main_process:
+        return
 
     # 4. The checkpoint that validation prefers becomes the model.
     state = trainer.state
     best = scratch / f"checkpoint-{state.best_global_step}"
-    save_model(encoders.load_encoder(best, best.name), scratch, records.FINETUNED / str(seed))
+    save_model(encoders.load_encoder(best, best.name), records.FINETUNED / str(seed))
     loss, scores = (
         [(entry["step"], records.rounded(entry[name])) for entry in state.log_history if name in entry]
         for name in ("loss", f"eval_{score_name}")
@@ -116,24 +145,70 @@ def main() -> None:
     validation = {"before": records.rounded(score_before), "after": records.rounded(state.best_metric)}
     records.write_json(records.METRICS / f"train/{seed}.json", validation | {"step": state.best_global_step})
     records.write_json(records.ENVIRONMENT / f"train@{seed}.json", environment.describe())
-    remove_checkpoints(scratch)
+    for path in reversed(checkpoints(scratch)):  # the newest first, so that those left by a cut are a run's beginning
+        shutil.rmtree(path)
     print(f"models/finetuned/{seed}: validation {metric} {state.best_metric:.4f} at step {state.best_global_step}")
 
 
+def launch(processes: int) -> int:
+    """Run `main` in each of so many processes, which end when this one or one of them does; the exit code.
+
+    Not by torchrun, whose processes leave the process group, so that they would outlive a killed `dvc repro`.
+    """
+    from torch.multiprocessing import ProcessExitedException, spawn
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    try:
+        spawn(launched, nprocs=processes)
+    except ProcessExitedException as error:
+        return abs(error.exit_code)
+    return 0
+
+
+def launched(rank: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    run(main)
+
+
 def fingerprint(params: Params, seed: int, base: Path) -> str:
-    """Names all that the run depends on: params, data, code and versions. A checkpoint serves only the same run."""
+    """Names all that the run depends on: params, data, code, machine, versions. Its checkpoints serve no other run."""
+    from shared import environment
+
     code = [Path(__file__), *sorted((ROOT / "stages/shared").glob("*.py"))]
     data = [records.PREPARED / f"{name}.jsonl" for name in ("train", "validation", "corpus")]
-    packages = ("torch", "transformers", "sentence-transformers", "accelerate", "datasets")
-    digest = hashlib.sha256()
-    digest.update(params.train.model_dump_json(exclude={"seeds"}).encode())
-    digest.update(params.evaluate.model_dump_json(exclude={"minimum_gain"}).encode())
-    digest.update(f"seed {seed}".encode())
-    digest.update(str(choose_precision(params.train.precision)).encode())
-    digest.update(" ".join(f"{name}=={importlib.metadata.version(name)}" for name in packages).encode())
-    for path in code + data + sorted(path for path in base.rglob("*") if path.is_file()):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    weights = sorted(path for path in base.rglob("*") if path.is_file())
+    parts = {
+        "seed": seed,
+        "train": params.train.model_dump(exclude={"seeds"}),
+        "evaluate": params.evaluate.model_dump(exclude={"minimum_gain"}),
+        "precision": choose_precision(params.train.precision),
+        "environment": environment.describe(),
+        "code and data": [(path.name, sha256(path)) for path in code + data],
+        "base": [(path.relative_to(base).as_posix(), sha256(path)) for path in weights],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock(seed: int) -> None:
+    """Held until this process ends, however it ends. Raises InputError where another one holds it."""
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    file = FileLock(SCRATCH / f"seed-{seed}.lock")
+    try:
+        file.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"another process is training seed {seed} here; wait until it ends, or stop it (`pgrep -af train.py` tells)"
+        ) from None
+    atexit.register(file.release)
 
 
 def training_arguments(train: TrainParams, seed: int, scratch: Path) -> "SentenceTransformerTrainingArguments":
@@ -154,13 +229,17 @@ def training_arguments(train: TrainParams, seed: int, scratch: Path) -> "Sentenc
         "eval_steps": share,
         "save_strategy": "steps",
         "save_steps": share,
-        "save_total_limit": train.checkpoints,
+        "save_total_limit": None,  # the callback removes old checkpoints, once the new one is sealed
         "greater_is_better": True,
         "batch_sampler": BatchSamplers.NO_DUPLICATES,  # a passage twice in a batch would be its own negative
         "logging_nan_inf_filter": False,  # it would hide what the callback looks for
         "report_to": "tensorboard",
         "use_cpu": not torch.accelerator.is_available(),
     } | choose_precision(train.precision)
+    if train.processes > 1:
+        # Each process takes its part of the same batches as one process would. Of the last batch of an epoch, which may
+        # be smaller, not each would have a part.
+        fixed |= {"accelerator_config": {"split_batches": True}, "dataloader_drop_last": True}
     open_to_change = {"logging_steps": 0.02}  # a share of all steps: 50 points on the loss curve
     valid = {field.name for field in dataclasses.fields(SentenceTransformerTrainingArguments) if field.init}
     own = fixed.keys() | PLAIN_NAMES.keys() | SET_BY_THE_PIPELINE
@@ -205,8 +284,9 @@ def prompts(model: "SentenceTransformer") -> dict[str, str]:
     return {column: prompt for column, prompt in by_column.items() if prompt}
 
 
-def watch():
-    """The trainer's callback of this pipeline."""
+def watch(scratch: Path, kept: int):
+    """The trainer's callback of this pipeline; `kept` is the number of checkpoints."""
+    from accelerate import PartialState
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
@@ -223,6 +303,15 @@ def watch():
                     " or take train.precision: fp32; if it is so at the first steps, models.base is damaged"
                 )
 
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            PartialState().wait_for_everyone()  # each process has written its own random state
+            if state.is_world_process_zero:
+                seal(scratch / f"checkpoint-{state.global_step}")
+                newest = checkpoints(scratch)[-kept:]
+                for path in checkpoints(scratch):
+                    if path not in newest and path not in map(best_up_to, newest):
+                        shutil.rmtree(path)
+
     return Watch()
 
 
@@ -230,37 +319,50 @@ def checkpoints(scratch: Path) -> list[Path]:
     return sorted(scratch.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
-def last_whole_checkpoint(scratch: Path) -> str | None:
-    """The newest checkpoint whose last file was written; those after it are removed."""
-    for path in reversed(checkpoints(scratch)):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (FileNotFoundError, ValueError):
-            shutil.rmtree(path)
-            continue
-        print(f"going on from {path.relative_to(ROOT)} (a warning that shares are not step counts is harmless)")
-        return str(path)
-    return None
+def hashes(checkpoint: Path) -> dict[str, str]:
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
+    return {path.relative_to(checkpoint).as_posix(): sha256(path) for path in files}
 
 
-def remove_checkpoints(scratch: Path) -> None:
-    for path in checkpoints(scratch):
-        shutil.rmtree(path)
+def seal(checkpoint: Path) -> None:
+    records.write_json(checkpoint / SEAL, hashes(checkpoint))
 
 
-def save_model(model: "SentenceTransformer", scratch: Path, folder: Path) -> None:
-    """The model's folder, whole or not at all; the same weights give the same bytes."""
-    temporary = scratch / "model"
-    shutil.rmtree(temporary, ignore_errors=True)
+def is_whole(checkpoint: Path) -> bool:
+    """Whether its last file was written and none has changed since."""
     try:
-        model.save_pretrained(str(temporary), create_model_card=False)  # a card would hold dates and random samples
-        for path in temporary.rglob("*"):
+        return json.loads((checkpoint / SEAL).read_text()) == hashes(checkpoint)
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def last_whole_checkpoint(scratch: Path) -> str | None:
+    """The newest checkpoint that is whole, as is the best one up to it; newer and damaged ones are removed."""
+    found = checkpoints(scratch)
+    whole = [path for path in found if is_whole(path)]
+    last = next((path for path in reversed(whole) if best_up_to(path) in whole), None)
+    for path in reversed(found):
+        if path not in whole:
+            print(f"{path.relative_to(ROOT)} is damaged or was not finished: passed over")
+        if path not in whole or last is None or found.index(path) > found.index(last):
+            shutil.rmtree(path)
+    if last is None:
+        return None
+    print(f"going on from {last.relative_to(ROOT)} (a warning that shares are not step counts is harmless)")
+    return str(last)
+
+
+def best_up_to(checkpoint: Path) -> Path:
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return checkpoint.with_name(f"checkpoint-{state['best_global_step']}")
+
+
+def save_model(model: "SentenceTransformer", folder: Path) -> None:
+    """The model's folder, whole or not at all; the same weights give the same bytes."""
+    with records.new_folder(folder) as new:
+        model.save_pretrained(str(new), create_model_card=False)  # a card would hold dates and random samples
+        for path in new.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes 0600, which a shared cache cannot serve
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":

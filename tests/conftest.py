@@ -1,6 +1,7 @@
 """What the tests share: a throw-away copy of the repo, commands run in it, and a model that trains in a second."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,18 +20,22 @@ class Repo:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def run(
-        self, *command: str, check: bool = True, cwd: Path | None = None, **env: str
-    ) -> subprocess.CompletedProcess:
-        """Run a command; `python` and `dvc` are those that run the tests. Output is captured as text."""
+    def environment(self, **env: str) -> dict[str, str]:
+        """In which `python` and `dvc` are those that run the tests, and there is no hub."""
         here = {name: value for name, value in os.environ.items() if not name.startswith("GITHUB_")}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.folder.parent / "hf")}
         identity = {f"GIT_{who}_{what}": "test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        return here | {"PATH": path} | identity | offline | env
+
+    def run(
+        self, *command: str, check: bool = True, cwd: Path | None = None, **env: str
+    ) -> subprocess.CompletedProcess:
+        """Run a command; output is captured as text."""
         result = subprocess.run(
             command,
             cwd=cwd or self.folder,
-            env=here | {"PATH": path} | identity | offline | env,
+            env=self.environment(**env),
             capture_output=True,
             text=True,
             timeout=300,
@@ -53,6 +58,11 @@ class Repo:
     def commit(self, message: str) -> None:
         self.run("git", "add", "--all")
         self.run("git", "commit", "--quiet", "--message", message)
+
+
+def stages_run(repo: Repo, *command: str) -> list[str]:
+    """The stages whose commands DVC started, in order."""
+    return re.findall(r"Running stage '(.+)'", repo.run(*command).stdout)
 
 
 @pytest.fixture(scope="session")

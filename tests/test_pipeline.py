@@ -5,10 +5,6 @@ import hashlib
 import json
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import xml.etree.ElementTree
 from pathlib import Path
 from typing import get_args
@@ -17,6 +13,7 @@ import ir_measures
 import pytest
 import yaml
 
+from conftest import stages_run
 from shared.params import Metric
 from shared.report import PICTURES
 
@@ -30,11 +27,6 @@ def repo(make_repo):
     assert sorted(stages_run(repo, "dvc", "repro")) == sorted(ALL_STAGES)
     repo.commit("first run")
     return repo
-
-
-def stages_run(repo, *command: str) -> list[str]:
-    """The stages whose commands DVC started, in order."""
-    return re.findall(r"Running stage '(.+)'", repo.run(*command).stdout)
 
 
 def read(repo, name: str):
@@ -195,29 +187,3 @@ def test_the_same_params_give_the_same_bytes_from_any_folder(repo, tmp_path):
     for script in (["train.py", "42"], ["baseline_eval.py", "base"], ["final_eval.py"]):
         repo.run("python", str(repo.folder / "stages" / script[0]), *script[1:], cwd=tmp_path)
     assert (digest(repo.folder / "models/finetuned"), digest(repo.folder / "metrics")) == before
-
-
-def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(make_repo):
-    repo = make_repo(
-        **{"prepare.card": "own-files", "train.epochs": 300, "train.batch_size": 8, "train.evaluations": 12}
-    )
-    repo.run("python", "stages/prepare.py")
-    (repo.folder / "data/prepared/test.jsonl").unlink()  # training never looks at test rows
-    training = repo.run("python", "stages/train.py", "42")
-    assert "usually expected at index" not in training.stderr  # the library's warning where the query is not first
-    undisturbed = digest(repo.folder / "models/finetuned"), digest(repo.folder / "metrics/curves")
-    shutil.rmtree(repo.folder / "models/finetuned")
-    shutil.rmtree(repo.folder / "models/scratch")
-
-    training = subprocess.Popen(
-        [sys.executable, "stages/train.py", "42"], cwd=repo.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while training.poll() is None and not list(repo.folder.glob("models/scratch/*/checkpoint-*/trainer_state.json")):
-        time.sleep(0.05)
-    training.send_signal(signal.SIGKILL)
-    training.wait()
-    assert not (repo.folder / "models/finetuned").exists()
-
-    assert "going on from" in repo.run("python", "stages/train.py", "42").stdout
-    assert (digest(repo.folder / "models/finetuned"), digest(repo.folder / "metrics/curves")) == undisturbed
-    assert not list(repo.folder.glob("models/scratch/*/checkpoint-*"))

@@ -9,6 +9,12 @@ from shared.errors import InputError
 from shared.sources import first_line
 
 
+def devices() -> list[str]:
+    """The GPUs that share the encoding of many texts; none where one device does it alone."""
+    count = torch.cuda.device_count()
+    return [f"cuda:{number}" for number in range(count)] if count > 1 else []
+
+
 def load_encoder(folder: Path, name: str) -> SentenceTransformer:
     """The encoder on the best device there is, its weights in float32; `name` is for errors. Raises InputError."""
     try:
@@ -20,6 +26,8 @@ def load_encoder(folder: Path, name: str) -> SentenceTransformer:
             model_kwargs={"use_safetensors": True, "dtype": torch.float32},
         )
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(f"{name} needs code of its own to load, which is never run; take another model") from error
         raise InputError(f"{name} is no model that sentence-transformers loads: {first_line(error)}") from error
     if not all(weights.isfinite().all() for weights in model.parameters()):
         raise InputError(f"{name} is damaged: it has weights that are no finite numbers")

@@ -3,7 +3,7 @@
 import importlib.metadata
 import platform
 
-PACKAGES = ("torch", "transformers", "sentence-transformers", "accelerate")
+PACKAGES = ("torch", "transformers", "sentence-transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
 
 def describe() -> dict[str, str | int]:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -93,8 +93,15 @@ class TrainParams(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     evaluations: Annotated[int, Field(ge=1, le=1000)]
     checkpoints: Annotated[int, Field(ge=1, le=1000)]
+    processes: Annotated[int, Field(ge=1, le=1024)]
     seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(check_distinct)]
     arguments: dict[str, Any]
+
+    @model_validator(mode="after")
+    def check_processes(self) -> "TrainParams":
+        if self.batch_size % self.processes:
+            raise ValueError(f"batch_size {self.batch_size} should be a multiple of processes {self.processes}")
+        return self
 
 
 class Params(Settings):
@@ -113,7 +120,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises InputError."""
     name = path.relative_to(ROOT)
     try:
-        settings = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if re.search("^<{7} ", text, re.MULTILINE):
+            raise InputError(f"{name} holds a merge conflict; resolve it first (how: README, Share it)")
+        settings = YAML(typ="safe", pure=True).load(text)
     except FileNotFoundError:
         raise InputError(f"{name} is missing; `git checkout -- {name}` brings it back") from None
     except (YAMLError, ValueError, RecursionError) as error:
@@ -143,7 +153,7 @@ def describe(error: ValidationError, schema: type[Settings]) -> str:
     elif first["type"] == "missing":
         what = f"{where} is missing"
     else:
-        message = re.sub("^(Value error, |(Input|String|Dictionary) should )", "", first["msg"])
+        message = re.sub("^(Value error, |(Input|String|Dictionary|List) should )", "", first["msg"])
         should = "" if first["type"] == "value_error" else "should "
         value = "" if isinstance(first["input"], dict | Settings) else f" is {first['input']!r}"
         what = f"{where}{value}: {should}{message}"

@@ -1,4 +1,4 @@
-"""The data contract of data/prepared/, and files that are written whole or not at all.
+"""The data contract of data/prepared/, and files and folders that are written whole or not at all.
 
 train.jsonl, validation.jsonl, test.jsonl: rows {"id", "anchor", "positive", "document_id"}; anchor is the query's text,
 positive the passage that answers it. corpus.jsonl: rows {"id", "text"}, every passage of every split.
@@ -8,7 +8,9 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,7 +88,10 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave an empty file under the final name
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -106,3 +111,28 @@ def write_csv(path: Path, header: list[str], rows: Iterable[Iterable[Any]]) -> N
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of `folder` in the end, whole or not at all."""
+    temporary, old = (folder.with_name(f"{folder.name}.{ending}") for ending in ("tmp", "old.tmp"))
+    try:
+        remove(temporary, old)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())  # see write_text
+        if folder.exists():
+            folder.rename(old)  # a rename leaves nothing half-removed under the final name
+        temporary.rename(folder)
+    finally:
+        remove(temporary, old)
+
+
+def remove(*folders: Path) -> None:
+    for folder in folders:
+        if folder.exists():
+            shutil.rmtree(folder)

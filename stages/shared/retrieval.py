@@ -1,6 +1,8 @@
 """Retrieval over the whole corpus, scored in one way for every model: base, reference, fine-tuned, and in training."""
 
+import copy
 import json
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,13 +45,23 @@ def make_evaluator(
 
 
 def search_with_encoder(
-    evaluator: InformationRetrievalEvaluator, model: SentenceTransformer
+    evaluator: InformationRetrievalEvaluator, model: SentenceTransformer, devices: list[str]
 ) -> tuple[dict[str, float], list[Ranking]]:
-    """Metrics and, for each query, its `DEPTH` best documents; equal scores in the order of the corpus ids."""
-    with TemporaryDirectory() as folder:
-        scores = evaluator(model, output_path=folder)
-        (predictions,) = Path(folder).glob("*_predictions_*.jsonl")
-        rankings = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
+    """Metrics and, for each query, its `DEPTH` best documents; equal scores in the order of the corpus ids.
+
+    With `devices`, a process on each encodes its part of the texts; without, the model's own device does.
+    """
+    evaluator = copy.copy(evaluator)
+    pool = model.start_multi_process_pool(devices) if devices else None
+    evaluator.embed_inputs = partial(evaluator.embed_inputs, pool=pool)
+    try:
+        with TemporaryDirectory() as folder:
+            scores = evaluator(model, output_path=folder)
+            (predictions,) = Path(folder).glob("*_predictions_*.jsonl")
+            rankings = [json.loads(line) for line in predictions.read_text(encoding="utf-8").split("\n") if line]
+    finally:
+        if pool:
+            model.stop_multi_process_pool(pool)
     return flat({key.rsplit("_", 1)[-1]: value for key, value in scores.items()}), rankings
 
 

@@ -1,0 +1,158 @@
+"""A run that is stopped at any moment leaves nothing half-written, and goes on to the same bytes."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from filelock import FileLock
+
+from conftest import BASE_PACKAGE, ROOT
+from shared.sources import packaged_model
+
+TRIALS = {"kill": 8, "kill later": 6, "interrupt": 2, "disk full": 4}
+
+
+@pytest.fixture(scope="module")
+def small_bert(tmp_path_factory):
+    """Random weights. It has dropout, so that a run that goes on needs the random state of the one that was cut."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("bert")
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertModel(config).save_pretrained(folder / "transformer")
+    AutoTokenizer.from_pretrained(packaged_model(BASE_PACKAGE)).save_pretrained(folder / "transformer")
+    modules = [Transformer(str(folder / "transformer")), Pooling(config.hidden_size)]
+    SentenceTransformer(modules=modules).save_pretrained(str(folder / "model"))
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def repo(make_repo, small_bert):
+    recipe = {"train.epochs": 20, "train.batch_size": 8, "train.evaluations": 8, "train.learning_rate": 0.001}
+    repo = make_repo(**{"models.base": str(small_bert), "prepare.card": "own-files"} | recipe)
+    repo.run("python", "stages/prepare.py")
+    return repo
+
+
+@pytest.fixture(scope="module")
+def run_trials(repo):
+    """A function that runs trials (see stopped_runs.py) one by one, all in one process that has its imports done."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tests/stopped_runs.py"],
+        cwd=repo.folder,
+        env=repo.environment(OMP_NUM_THREADS="1"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+    def run(how: str, at: float, damage: str | None = None) -> dict:
+        process.stdin.write(json.dumps({"how": how, "at": at, "damage": damage}) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    yield run
+    process.kill()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run_trials):
+    trial = run_trials("let it be", 0)
+    assert trial["code"] == 0
+    assert trial["final"] == trial["left"]
+    assert not trial["leftovers"]
+    return trial
+
+
+def moments(how: str, undisturbed: dict) -> list[float]:
+    """One at random from each of equal parts of a run: file operations, or seconds."""
+    count = TRIALS[how]
+    if how == "kill later":
+        return [random.uniform(i, i + 1) / count * undisturbed["seconds"] for i in range(count)]
+    operations = undisturbed["operations"]
+    last = operations.rindex("+") + 1 if how == "disk full" else len(operations)
+    return [random.randint(i * last // count + 1, (i + 1) * last // count) for i in range(count)]
+
+
+@pytest.mark.parametrize("how", TRIALS)
+def test_a_stopped_training_leaves_nothing_half_written_and_ends_with_the_same_bytes(how, run_trials, undisturbed):
+    resumed = 0
+    for at in moments(how, undisturbed):
+        trial = run_trials(how, at)
+        where = f"{how} at {at} of {len(undisturbed['operations'])}\n{trial['log'][-2000:]}"
+        assert trial["code"] != 0 or how == "kill later", where  # which may come too late
+        assert trial["left"].items() <= undisturbed["final"].items(), where
+        models = {name for name in undisturbed["final"] if name.startswith("models/")}
+        assert models & trial["left"].keys() in (models, set()), where
+        assert trial["final_code"] == 0, where
+        assert trial["final"] == undisturbed["final"], where
+        assert not trial["leftovers"], where
+        resumed += "going on from" in trial["log"]
+    assert resumed >= TRIALS[how] // 2
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(file, run_trials, undisturbed):
+    trial = run_trials("kill", len(undisturbed["operations"]) * 3 // 4, file)
+    assert trial["checkpoints"] >= 2
+    damaged = re.findall(r"checkpoint-(\d+) is damaged", trial["log"])
+    (source,) = re.findall(r"going on from \S+checkpoint-(\d+)", trial["log"])
+    assert int(source) < min(map(int, damaged))
+    assert trial["final"] == undisturbed["final"]
+
+
+def test_a_model_is_trained_by_one_process_at_a_time(repo):
+    (repo.folder / "models/scratch").mkdir(exist_ok=True)
+    with FileLock(repo.folder / "models/scratch/seed-42.lock"):
+        second = repo.run("python", "stages/train.py", "42", check=False)
+    assert "another process is training seed 42 here" in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+def test_two_clones_give_the_same_bytes_though_one_is_stopped_and_all_else_differs(make_repo, tmp_path):
+    """Path, home, time zone, language, hash seed and file modes differ; one clone is killed, and then interrupted."""
+    steady, stopped = (make_repo(**{"prepare.card": "own-files"}) for _ in range(2))
+    begin = time.monotonic()
+    steady.run("dvc", "repro", PYTHONHASHSEED="0", TZ="UTC", LC_ALL="C")
+    duration = time.monotonic() - begin
+    other = {"PYTHONHASHSEED": "7", "TZ": "Asia/Kathmandu", "LC_ALL": "C.UTF-8", "HOME": str(tmp_path), "USER": "other"}
+    for stop in (signal.SIGKILL, signal.SIGINT):
+        process = subprocess.Popen(
+            ["dvc", "repro"],
+            cwd=stopped.folder,
+            env=stopped.environment(**other),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(random.uniform(0, duration))
+        os.killpg(process.pid, stop)
+        process.wait()
+    stopped.run("bash", "-c", "umask 077; exec dvc repro", **other)
+    assert tracked(stopped) == tracked(steady)
+
+    for one, env in ((steady, {"PYTHONHASHSEED": "0"}), (stopped, other)):
+        one.set(**{"prepare.card": "hpo-lay"})  # whose source has sets in it
+        one.run("python", "stages/prepare.py", **env)
+    assert prepared(stopped) == prepared(steady)
+
+
+def prepared(repo) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (repo.folder / "data/prepared").iterdir()}
+
+
+def tracked(repo) -> dict[str, bytes]:
+    """What a run writes for Git."""
+    paths = [repo.folder / "dvc.lock", *(repo.folder / "metrics").rglob("*")]
+    return {str(path.relative_to(repo.folder)): path.read_bytes() for path in paths if path.is_file()}
