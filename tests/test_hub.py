@@ -96,6 +96,21 @@ def test_what_the_hub_does_not_have(make_repo, hub, params, words):
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    ("file", "words"), [("own.py", "needs code of its own to load"), ("train.pkl", "No (supported) data files found")]
+)
+def test_a_data_set_that_needs_code_or_pickles(make_repo, hub, tmp_path, file, words):
+    (tmp_path / file).write_text("raise SystemExit")
+    hub.repositories["datasets", "someone/own"] = Repository("datasets", "someone/own", DATA_COMMIT, tmp_path)
+    repo = make_repo(**{"prepare.card": "bioasq"})
+    card = repo.folder / "data/cards/bioasq.yaml"
+    lines = card.read_text().replace("enelpol/rag-mini-bioasq", "someone/own").splitlines(keepends=True)
+    card.write_text("".join(line for line in lines if not line.startswith("config:")))
+    message = stage_error(repo, {"prepare.card": "bioasq"}, on(hub.url))
+    assert "data set someone/own@main" in message
+    assert words in message
+
+
 @pytest.mark.parametrize("env", [on("http://127.0.0.1:9"), {"HF_HUB_OFFLINE": "1"}], ids=["no network", "offline"])
 @pytest.mark.parametrize(
     "params",

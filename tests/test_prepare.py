@@ -8,6 +8,7 @@ from prepare import (
     assign_documents,
     clean_rows,
     clean_text,
+    count_unusual,
     drop_rows,
     near_duplicates,
     overlaps,
@@ -40,7 +41,8 @@ def params():
         ("  a\u00a0 b\n\tc ", "a b c"),
         ("a\x00b\x1fc", "a b c"),
         ("broken \ud800 surrogate", "broken \ufffd surrogate"),
-        ("\u200fשלום", "\u200fשלום"),
+        ("a pair \ud83d\ude00 is a character", "a pair 😀 is a character"),
+        ("\u200fשלום \u202etxt.exe\u202c", "שלום txt.exe"),
         ("=SUM(A1)", "=SUM(A1)"),
         (17, "17"),
         (None, ""),
@@ -154,3 +156,21 @@ def test_dropped_rows_are_counted_by_reason():
     assert dropped == {"duplicate": 1, "word_overlap": 1}
     kept, dropped = drop_rows(rows, max_word_overlap=1.0, drop_duplicates=False)
     assert kept == rows
+
+
+def test_unusual_rows_are_counted_by_kind():
+    rows = [
+        {"id": 1, "q": "usual\ttext", "p": "of two\nlines, -5 and 😀 \ud83d\ude00"},
+        {"id": 2, "q": "nul\x00", "p": "escape \x1b[31m"},
+        {"id": "\x7f3", "q": "half \udc00", "p": "half \ud800"},
+        {"id": 4, "q": "=1+1", "p": "@SUM(A1)"},
+        {"id": "-5", "q": "\u202etxt.exe", "p": "word " * 3000},
+        {"id": 6, "q": None},
+    ]
+    assert count_unusual(source(train=rows[:3], test=rows[3:])) == {
+        "control_characters": 2,
+        "lone_surrogates": 1,
+        "direction_marks": 1,
+        "formula_like": 2,
+        "longer_than_10000_characters": 1,
+    }

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from shared.errors import InputError
 from shared.params import ROOT, Settings, check_settings, nearest, read_yaml
@@ -30,6 +30,12 @@ def check_one_or_splits(parts: Any) -> Any:
 
 
 OneOrSplits = Annotated[str | dict[Split, str], BeforeValidator(check_one_or_splits)]
+
+
+def check_dataset(name: str) -> str:
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):  # a path: the library would read that folder
+        raise ValueError("a data set on the Hub is named org/name")
+    return name
 
 
 class Columns(Settings):
@@ -53,7 +59,7 @@ class HubCard(Card):
     """A data set on the Hub; `split` is one of its splits, to be divided, or a mapping from our splits to its own."""
 
     source: Literal["hub"]
-    dataset: Text
+    dataset: Annotated[str, AfterValidator(check_dataset)]
     config: Text | None = None
     revision: Text
     split: OneOrSplits
@@ -124,6 +130,8 @@ def by_split(value: str | dict[Split, str]) -> list[tuple[Split | None, str]]:
 def load_hub(card: HubCard) -> Source:
     from datasets import load_dataset  # two seconds of imports that other sources need not pay
 
+    if Path(card.dataset).exists():
+        raise InputError(f"{card.dataset} is a folder here and not on the Hub; for files of your own, `source: files`")
     revision = resolve_revision(card)
     parts = []
     for split, name in by_split(card.split):
@@ -217,8 +225,9 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
 def load_obo(card: OboCard) -> Source:
     import pronto
 
-    path = Path(installed(card.package).locate_file(card.file))
-    if not path.is_file():
+    files = {str(file): Path(file.locate()) for file in installed(card.package).files or []}
+    path = files.get(card.file)
+    if path is None or not path.is_file():
         raise InputError(f"the package {card.package} carries no {card.file}; install the version in requirements.txt")
     try:
         with warnings.catch_warnings(action="ignore"):  # pronto warns about cross-references that are not used here

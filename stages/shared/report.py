@@ -68,7 +68,7 @@ def write_report(
 {score_table(params, scores, intervals)}
 
 {queries:,} test queries in {gains["test"]["groups"]:,} groups, {data["passages"]:,} passages to search. \
-{dropped_in_words(data)}
+{dropped_in_words(data)}{mended_in_words(data)}
 
 {picture("scores")}
 {picture("ranks")}
@@ -229,16 +229,23 @@ def dropped_in_words(data: dict[str, Any]) -> str:
         "word_overlap": "the query repeats words of its passage, which is easy for a keyword search",
     }
     words = [f"{dropped[reason]:,} ({text})" for reason, text in reasons.items() if dropped[reason]]
-    return f"Rows dropped: {', '.join(words)}." if words else ""
+    return f"Rows dropped: {', '.join(words)}. " if words else ""
+
+
+def mended_in_words(data: dict[str, Any]) -> str:
+    rows, kinds = data["unusual_rows"], ("control_characters", "lone_surrogates", "direction_marks")
+    words = [f"{rows[kind]:,} ({kind.replace('_', ' ')})" for kind in kinds if rows[kind]]
+    return f"Rows mended: {', '.join(words)}." if words else ""
 
 
 def training_in_words(params: Params) -> str:
     train = params.train
     arguments = "".join(f", {name} {value}" for name, value in train.arguments.items())
+    processes = f" over {train.processes} processes" if train.processes > 1 else ""
     seeds = ("seed " if len(train.seeds) == 1 else "seeds ") + ", ".join(map(str, train.seeds))
     return (
         f"MultipleNegativesRankingLoss, learning rate {train.learning_rate:g}, epochs {train.epochs:g}, batch"
-        f" {train.batch_size}, warm-up {train.warmup:g}, precision {train.precision}, {seeds}{arguments}."
+        f" {train.batch_size}{processes}, warm-up {train.warmup:g}, precision {train.precision}, {seeds}{arguments}."
     )
 
 

@@ -1,7 +1,9 @@
 """Where data and models come from: a path, an installed package, the Hub; and what to say when they cannot be had."""
 
 import importlib.metadata
+import json
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +14,8 @@ WATCHED_MODELS = ROOT / "models/local"  # its folders base and reference are dep
 # A repository on the Hub holds the same weights in many formats. Only safetensors is loaded: pickles run code.
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]
 HUB_EXCLUDED = ["onnx/*", "openvino/*"]
+# Where a link leads that DVC itself made, with a cache outside the repo.
+DVC_CACHE = re.compile("/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")
 HUB_UNREACHABLE = {
     "ConnectionError",
     "ConnectError",
@@ -28,9 +32,10 @@ HUB_UNREACHABLE = {
 
 def resolve_path(name: str, watched: Path) -> Path:
     """A path from a card or a param: absolute, or inside the repo. Says so where DVC does not see the file change."""
-    path = Path(os.path.normpath(ROOT / name))  # not resolve(): a link in the repo may lead to another disk
-    if not Path(name).is_absolute() and not path.is_relative_to(ROOT):
-        raise InputError(f"{name} leaves the repo; give an absolute path if that is meant")
+    path = Path(os.path.normpath(ROOT / name))
+    target = path.resolve()  # of links too, since a link may come with somebody's branch
+    if not (Path(name).is_absolute() or target.is_relative_to(ROOT) or DVC_CACHE.search(target.as_posix())):
+        raise InputError(f"{name} leaves the repo, to {target}; give an absolute path if that is meant")
     if not path.is_relative_to(watched):
         folder = watched.relative_to(ROOT)
         print(f"note: DVC does not watch {name}; put it under {folder}/, or `dvc repro --force` when it changes")
@@ -42,9 +47,7 @@ def installed(package: str) -> importlib.metadata.Distribution:
     try:
         return importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
-        raise InputError(
-            f"the package {package} is not installed; `pip install {package}`, or check the name"
-        ) from None
+        raise InputError(f"the package {package} is not installed; check the name, or install it") from None
 
 
 def model_folder(name: str, role: Literal["base", "reference"]) -> Path:
@@ -57,7 +60,10 @@ def model_folder(name: str, role: Literal["base", "reference"]) -> Path:
     elif name.startswith(("./", "/")):
         folder = resolve_path(name, WATCHED_MODELS / role)
         if not folder.is_dir():
-            raise InputError(f"{name} is no folder; a Hub model is named org/name@revision")
+            raise InputError(
+                f"{name} is no folder. A Hub model is named org/name@revision; your own comes to another clone by"
+                "\n`dvc add`, git commit and `dvc push`, and there `dvc pull`"
+            )
     else:
         folder = hub_model(name)
     check_model(folder, name)
@@ -68,9 +74,26 @@ def check_model(folder: Path, name: str) -> None:
     """Raises InputError where the folder cannot be a model; reads no weights. `name` is for errors."""
     if not any((folder / file).is_file() for file in ("modules.json", "config.json")):
         raise InputError(f"{name} is no model: {folder} holds neither modules.json nor config.json")
-    pickled = [path for path in folder.rglob("pytorch_model.bin") if not path.with_name("model.safetensors").exists()]
+    pickled = [path for path in folder.rglob("pytorch_model.bin") if not any(path.parent.glob("*.safetensors"))]
     if pickled or not any(folder.rglob("*.safetensors")):
         raise InputError(f"{name} has weights that are not safetensors in {folder}; others may run code: convert them")
+    if needs_code(folder):
+        raise InputError(f"{name} needs code of its own to load, which is never run; take another model")
+
+
+def needs_code(folder: Path) -> bool:
+    """Whether modules.json names a class that sentence-transformers or torch does not have."""
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        dense = [folder / module["path"] / "config.json" for module in modules if module["type"].endswith(".Dense")]
+        # For an activation of another origin the library would take tanh, and not say so but in its log.
+        activations = [json.loads(path.read_text(encoding="utf-8"))["activation_function"] for path in dense]
+        return not all(
+            [module["type"].startswith("sentence_transformers.") for module in modules]
+            + [activation.startswith("torch.") for activation in activations]
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # there is none, or it is damaged, of which loading tells
 
 
 def packaged_model(package: str) -> Path:
@@ -101,6 +124,8 @@ def hub_error(error: Exception, kind: str, name: str) -> InputError:
         return InputError(f"{kind} {name} is gated: accept its terms on its page, then log in with `hf auth login`")
     if "RevisionNotFoundError" in names:
         return InputError(f"{kind} {name}: there is no such revision; take a commit, tag or branch from its page")
+    if any("scripts are no longer supported" in str(link) for link in causes(error)):
+        return InputError(f"{kind} {name} needs code of its own to load, which is never run; convert it to Parquet")
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError", "HFValidationError"}:
         return InputError(f"{kind} {name} is not on the Hub, or is private: check the name, or `hf auth login`")
     if names & HUB_UNREACHABLE:
