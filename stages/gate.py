@@ -1,8 +1,8 @@
-"""Gate: fail unless the whole interval of the gain over the base model lies above evaluate.minimum_gain.
+"""Gate: fail unless the committed result is of this code and these params, and the gain is as large as asked for.
 
 For CI, and no stage of dvc.yaml: there it would stop the pipeline before the metrics can be read.
 
-Reads   params.yaml, metrics/gain.json, and what `dvc status` reads: a result of other code or params is none
+Reads   what `shared.status` reads: dvc.lock, metrics/, params.yaml, the code, requirements.txt; no data or models
 """
 
 from shared import records, report, status
@@ -12,13 +12,17 @@ from shared.params import read_params
 
 def main() -> None:
     evaluate = read_params().evaluate
+    mismatches = status.mismatches()
+    if mismatches:
+        print("\n".join(mismatches))
+        raise InputError(
+            "the result is not of this state, as listed above; `dvc repro` (of other packages: `--force`), then commit"
+        )
+    print("metrics/, dvc.lock, params.yaml and the code belong together")
     metric, minimum = evaluate.primary_metric, evaluate.minimum_gain
     if minimum == "off":
         print("evaluate.minimum_gain is off: no gain is asked for")
         return
-    changed = status.out_of_date()
-    if changed:
-        raise InputError(f"metrics/ are of an earlier state ({changed[0]} has changed); `dvc repro`, then commit them")
     gains = records.read_metrics("gain")
     gain = gains["over_base"][metric]
     words = f"the gain over the base model is {gain['gain']:+.4f} {metric}, 95% from {gain['low']:+.4f}"

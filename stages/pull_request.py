@@ -5,13 +5,10 @@ Reads   metrics/, params.yaml and dvc.lock, here and at TARGET
 """
 
 import argparse
-import csv
 import html
-import io
 import json
 import os
 import re
-import subprocess
 from typing import Any
 
 import numpy as np
@@ -21,7 +18,9 @@ from tabulate import tabulate
 from shared import records, report, significance, status
 from shared.errors import InputError, run
 from shared.params import ROOT, Metric, read_params
+from shared.ranks import read_ranks
 from shared.scores import score
+from shared.status import git
 
 MARK = "<!-- result of the pipeline -->"  # by which .github/workflows/pull-request.yml finds its earlier comment
 SHOWN = ["scores", "ranks"]  # of report.PICTURES; the others are a click away
@@ -65,11 +64,9 @@ def main() -> None:
 
 
 def staleness() -> str:
-    changed = status.out_of_date()
-    few = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-    return (
-        f"**The metrics are of an earlier state of this branch**: {few} changed since. `dvc repro`.\n\n" if few else ""
-    )
+    found = status.mismatches()
+    few = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+    return f"**The result is not of this state of the branch** (`dvc repro`): {few}.\n\n" if few else ""
 
 
 def written(name: str) -> str:
@@ -78,12 +75,6 @@ def written(name: str) -> str:
         return (ROOT / name).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{name} is missing; `dvc repro` writes it") from None
-
-
-def git(*arguments: str) -> str | None:
-    """What the Git command prints, or None where it fails."""
-    result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
-    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def json_at(target: str, name: str) -> dict[str, Any]:
@@ -113,7 +104,7 @@ def verdict_against(target: str, metric: Metric) -> str:
         return (
             f"`{target}` has no metrics/ranks.csv as it is now, so that the models cannot be compared query by query."
         )
-    (groups, unseen, ours), (_, _, theirs) = here, there
+    groups, unseen, ours, theirs = here.groups, here.unseen, here.finetuned, there.finetuned
     in_both = ours.keys() & theirs.keys()
     same = bool(in_both) and all(np.array_equal(ours[seed], theirs[seed]) for seed in in_both)
     if same and ours.keys() == theirs.keys():
@@ -143,20 +134,6 @@ def same_test(target: str) -> bool:
         deps = stages.get("baseline_eval@base", {}).get("deps", [])
         hashes.append({dep["path"]: dep["md5"] for dep in deps if dep["path"].startswith("data/prepared/")})
     return hashes[0] == hashes[1]
-
-
-def read_ranks(table: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]] | None:
-    """Of a ranks.csv: each query's group, whether it is no near-duplicate, and seed → rank of its passage with the
-    fine-tuned model. None where the table is damaged, or of another version of this repo.
-    """
-    try:
-        rows = list(csv.DictReader(io.StringIO(table)))
-        groups, near_duplicates = ([int(row[name]) for row in rows] for name in ("group", "near_duplicate"))
-        seeds = [name.removeprefix("finetuned-") for name in rows[0] if name.startswith("finetuned-")]
-        ranks = {seed: np.array([float(row[f"finetuned-{seed}"] or "inf") for row in rows]) for seed in seeds}
-    except (ValueError, KeyError, IndexError, TypeError):
-        return None
-    return np.array(groups), np.array(near_duplicates) == 0, ranks
 
 
 def score_changes(target: str, primary: Metric) -> str:

@@ -101,20 +101,70 @@ def test_two_seeds_of_one_recipe_are_no_difference(repo, clone):
     assert "**This branch's fine-tuned model and `main`'s: no difference that 687 queries can show" in text
 
 
-def test_metrics_of_an_earlier_state_are_named_and_fail_the_gate(repo, clone):
+def test_a_result_of_another_state_is_named_in_the_comment(repo, clone):
     path = clone / "params.yaml"
     before = path.read_text()
-    path.write_text(before.replace("epochs: 1", "epochs: 3").replace("minimum_gain: off", "minimum_gain: -1"))
+    path.write_text(before.replace("epochs: 1", "epochs: 3"))
     text = comment(repo, clone)
-    assert (
-        "**The metrics are of an earlier state of this branch**: final_eval: train, train@42: train.epochs changed"
-        in text
-    )
-    result = repo.run("python", "stages/gate.py", cwd=clone, check=False)
-    assert result.returncode == 1
-    assert "metrics/ are of an earlier state (final_eval: train has changed)" in result.stderr
+    words = "**The result is not of this state of the branch** (`dvc repro`): train.epochs: changed since train@42"
+    assert words in text
     path.write_text(before)
-    assert "earlier state" not in comment(repo, clone)
+    assert "not of this state" not in comment(repo, clone)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        ("params.yaml", "epochs: 1", "epochs: 3", "train.epochs: changed since train@42, final_eval"),
+        ("params.yaml", "  - 42", "  - 42\n  - 43", "train.seeds: changed since final_eval"),
+        ("stages/prepare.py", '"""Prepare', '"""Prepared', "stages/prepare.py: changed since prepare"),
+        ("dvc.yaml", "train.py ${item}", "train.py  ${item}", "dvc.yaml (changed command): changed since train@42"),
+        ("metrics/gain.json", '"gain": 0.', '"gain": 0.9', "metrics/gain.json: changed since final_eval"),
+        ("metrics/report.md", "better", "best", "metrics/report.md: changed since final_eval"),
+        ("metrics/new.json", "", "{}", "metrics/new.json: no stage writes it"),
+        ("data/cards/hpo-lay.yaml", "licence:", "licence: ", "data/cards/hpo-lay.yaml: changed since final_eval"),
+        ("requirements.txt", "torch==2", "torch==3", "torch 2"),
+    ],
+)
+def test_the_gate_names_what_does_not_belong_together(repo, clone, file, old, new, words):
+    path = clone / file
+    path.write_text(path.read_text().replace(old, new, 1) if path.exists() else new)
+    result = repo.run("python", "stages/gate.py", cwd=clone, check=False)
+    repo.run("git", "clean", "--quiet", "--force", cwd=clone)
+    repo.run("git", "checkout", "--quiet", ".", cwd=clone)
+    assert result.returncode == 1
+    assert words in result.stdout
+    assert "the result is not of this state, as listed above" in result.stderr
+
+
+def test_the_gate_names_params_that_were_committed_without_a_run(repo):
+    repo.set(**{"train.learning_rate": 0.004})
+    repo.run("dvc", "commit", "--force")
+    result = repo.run("python", "stages/gate.py", check=False)
+    repo.run("git", "checkout", "--quiet", ".")
+    assert result.returncode == 1
+    assert "metrics/report.md: does not say" in result.stdout
+    assert "learning rate 0.004" in result.stdout
+
+
+def test_the_gate_names_a_lock_put_together_of_two_runs(repo, clone):
+    path = clone / "dvc.lock"
+    lock = yaml.safe_load(path.read_text())
+    items = {item["path"]: item for stage in ("train@42", "final_eval") for item in lock["stages"][stage]["deps"]}
+    items["data/rankings/base.jsonl"]["md5"] = "f" * 32  # data and models are not here: dvc status has nothing to say
+    items["data/prepared/near_duplicates.jsonl"]["md5"] = "f" * 32
+    items["models/finetuned"]["size"] += 1
+    path.write_text(yaml.safe_dump(lock))
+    result = repo.run("python", "stages/gate.py", cwd=clone, check=False)
+    path.write_text("<<<<<<< HEAD\n" + yaml.safe_dump(lock))
+    conflict = repo.run("python", "stages/gate.py", cwd=clone, check=False)
+    repo.run("git", "checkout", "--quiet", ".", cwd=clone)
+    assert result.stdout.splitlines() == [
+        "dvc.lock: data/rankings/base.jsonl of final_eval is not that of baseline_eval@base",
+        "dvc.lock: data/prepared of prepare is not what other stages saw in it",
+        "dvc.lock: models/finetuned of final_eval is not what other stages saw in it",
+    ]
+    assert conflict.stderr.startswith("gate.py: dvc.lock holds a merge conflict; resolve it first")
 
 
 def test_a_damaged_table_of_ranks(repo, clone):

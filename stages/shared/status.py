@@ -1,30 +1,148 @@
-"""Do metrics/ and dvc.lock belong to the code and the params that stand beside them? Git alone tells."""
+"""Do metrics/, dvc.lock, params.yaml and the code belong together? Git alone tells: no data, model, GPU or network."""
 
+import hashlib
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any, get_args
 
+import numpy as np
+
+from shared import records, report
 from shared.errors import InputError
-from shared.params import ROOT
+from shared.params import ROOT, Metric, read_params, read_yaml
+from shared.ranks import read_ranks
+from shared.scores import score
 
-ABSENT = ("deleted", "not in cache")  # data and models are not in Git, so that a clone may be without them
+
+def mismatches() -> list[str]:
+    """What does not belong together, each in some words that begin with where. Raises InputError."""
+    stages = locked_stages()
+    of_files = changes(stages) + contradictions(stages) + strangers(stages) + other_versions()
+    return of_files or other_scores() + other_params()
 
 
-def out_of_date() -> list[str]:
-    """What has changed since the run that wrote dvc.lock, as "stage: path": by `dvc status`. Raises InputError."""
-    found = []
-    for stage, changes in json.loads(dvc("status", "--json")).items():
-        for change in changes:
-            if isinstance(change, str):
-                found.append(f"{stage}: {change}")
+def changes(stages: dict[str, dict[str, Any]]) -> list[str]:
+    """Files and params that are not as the stages read or wrote them, by `dvc status`."""
+    stages_of: dict[str, list[str]] = {}
+    for stage, changed in json.loads(dvc("status", "--json")).items():
+        for change in changed:
+            if isinstance(change, str):  # "changed command"
+                stages_of.setdefault(f"dvc.yaml ({change})", []).append(stage)
                 continue
             for paths in change.values():
                 for path, state in paths.items():
-                    if isinstance(state, dict):  # params, name by name
-                        found += [f"{stage}: {name}" for name in state]
-                    elif state not in ABSENT:
-                        found.append(f"{stage}: {path}")
-    return sorted(found)
+                    names = list(state) if isinstance(state, dict) else [path]  # of params, each by its own name
+                    for name in names:
+                        if not is_elsewhere(name, state, items(stages.get(stage, {}))):
+                            stages_of.setdefault(name, []).append(stage)
+    return [f"{name}: changed since {', '.join(stages)}" for name, stages in sorted(stages_of.items())]
+
+
+def is_elsewhere(path: str, state: str, locked: dict[str, dict[str, Any]]) -> bool:
+    """Whether it is data or a model that Git does not hold, so that a clone may be without it, or without a part."""
+    if state in ("deleted", "not in cache"):
+        return git("check-ignore", path) is not None
+    folder = ROOT / path
+    absent = [pointer for pointer in folder.rglob("*.dvc") if not pointer.with_suffix("").exists()]
+    md5 = md5_with(absent, folder) if absent else ""
+    if md5 is None:
+        print(f"note: {path} cannot be checked here, without what `dvc add` keeps of it", file=sys.stderr)
+    return md5 in (None, locked.get(path, {}).get("md5"))
+
+
+def md5_with(pointers: list[Path], folder: Path) -> str | None:
+    """The folder's hash with the files that the *.dvc files stand for; None where one stands for a folder."""
+    md5s = {path.relative_to(folder).as_posix(): file_md5(path) for path in folder.rglob("*") if path.is_file()}
+    for pointer in pointers:
+        for out in read_yaml(pointer)["outs"]:
+            md5s[(pointer.parent / out["path"]).relative_to(folder).as_posix()] = out["md5"]
+    return None if any(md5.endswith(".dir") for md5 in md5s.values()) else folder_md5(md5s)
+
+
+def file_md5(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "md5").hexdigest()
+
+
+def folder_md5(md5s: dict[str, str]) -> str:
+    """As DVC has it: the MD5 of the list of the files' names and MD5s, sorted by name."""
+    entries = [{"md5": md5, "relpath": name} for name, md5 in sorted(md5s.items())]
+    return hashlib.md5(json.dumps(entries).encode()).hexdigest() + ".dir"
+
+
+def locked_stages() -> dict[str, dict[str, Any]]:
+    """The entries of dvc.lock, without those of stages that dvc.yaml no longer has."""
+    locked = read_yaml(ROOT / "dvc.lock").get("stages", {})
+    return {name: locked[name] for name in dvc("stage", "list", "--name-only").split() if name in locked}
+
+
+def items(stage: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Path → {"md5", "size", "nfiles"} of what the stage read and wrote."""
+    return {item["path"]: item for item in stage.get("deps", []) + stage.get("outs", [])}
+
+
+def contradictions(stages: dict[str, dict[str, Any]]) -> list[str]:
+    """Paths that two stages saw with different contents, folders that are not what is in them: entries of two runs."""
+    seen: dict[str, tuple[dict[str, Any], str]] = {}
+    found = []
+    for stage, entry in stages.items():
+        for path, item in items(entry).items():
+            first, first_stage = seen.setdefault(path, (item, stage))
+            if item["md5"] != first["md5"]:
+                found.append(f"dvc.lock: {path} of {stage} is not that of {first_stage}")
+    for path, (folder, stage) in seen.items():
+        inside = {other: item for other, (item, _) in seen.items() if other.startswith(f"{path}/")}
+        if sum(item.get("nfiles", 1) for item in inside.values()) != folder.get("nfiles"):
+            continue  # not all that is in it is named
+        md5s = {other.removeprefix(f"{path}/"): item["md5"] for other, item in inside.items()}
+        of_files = not any(md5.endswith(".dir") for md5 in md5s.values())
+        if sum(item["size"] for item in inside.values()) != folder["size"] or (
+            of_files and folder_md5(md5s) != folder["md5"]
+        ):
+            found.append(f"dvc.lock: {path} of {stage} is not what other stages saw in it")
+    return found
+
+
+def strangers(stages: dict[str, dict[str, Any]]) -> list[str]:
+    """Files in metrics/ that no stage has written."""
+    written = {path for entry in stages.values() for path in items(entry)}
+    there = git("ls-files", "--cached", "--others", "--exclude-standard", "metrics") or ""
+    return [f"{path}: no stage writes it" for path in there.splitlines() if path not in written]
+
+
+def other_versions() -> list[str]:
+    """Packages with which a stage ran, where requirements.txt asks for another version."""
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE))
+    return [
+        f"metrics/environment/{path.name}: {name} {version}, and requirements.txt asks for {pins[name]}"
+        for path in sorted(records.ENVIRONMENT.glob("*.json"))
+        for name, version in records.read_metrics(f"environment/{path.stem}").items()
+        if name in pins and str(version).partition("+")[0] != pins[name]
+    ]
+
+
+def other_scores() -> list[str]:
+    """Scores that are not what the ranks give, query by query."""
+    table = read_ranks((records.METRICS / "ranks.csv").read_text(encoding="utf-8"))
+    if table is None:
+        return ["metrics/ranks.csv: damaged"]
+    ranks = {"base": table.base, "reference": table.reference, "finetuned": np.stack(list(table.finetuned.values()))}
+    return [
+        f"metrics/{model}.json: {metric} is {written[metric]}, and metrics/ranks.csv gives {given}"
+        for model, written in {model: records.read_metrics(model) for model in ranks}.items()
+        for metric in get_args(Metric)
+        if abs(written[metric] - (given := records.rounded(score(metric, ranks[model]).mean()))) > 2e-6  # of rounding
+    ]
+
+
+def other_params() -> list[str]:
+    """What the report says of the params, where params.yaml says otherwise: so it is after `dvc commit --force`."""
+    params, text = read_params(), (records.METRICS / "report.md").read_text(encoding="utf-8")
+    said = [report.training_in_words(params), f"`{params.prepare.card}`", params.models.base, params.models.reference]
+    return [f"metrics/report.md: does not say {words!r}, as params.yaml does" for words in said if words not in text]
 
 
 def dvc(*arguments: str) -> str:
@@ -34,3 +152,9 @@ def dvc(*arguments: str) -> str:
     if result.returncode:
         raise InputError(f"`dvc {' '.join(arguments)}` failed: {result.stderr.strip()}")
     return result.stdout.strip()
+
+
+def git(*arguments: str) -> str | None:
+    """What the Git command prints, or None where it fails."""
+    result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    return result.stdout.strip() if result.returncode == 0 else None
