@@ -4,7 +4,7 @@ TARGET ?= main
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test experiments report gate lint lock clean help
+.PHONY: run test experiments report gate repeat publish lint lock clean help
 .DEFAULT_GOAL := run
 
 run: $(BIN)/.installed  ## install, then run what has changed of the pipeline (dvc repro), and show the report
@@ -25,8 +25,19 @@ experiments: $(BIN)/.installed  ## experiments and branches side by side, best o
 report: $(BIN)/.installed  ## what this branch does to the result, as CI comments it on a pull request (TARGET=main)
 	@python stages/pull_request.py $(TARGET)
 
-gate: $(BIN)/.installed  ## fail where the gain may be below evaluate.minimum_gain
+gate: $(BIN)/.installed  ## fail where the committed result is not of this code and these params, or gains too little
 	@python stages/gate.py
+
+# With a cache of its own, since a cached run would be no repetition; files that `dvc add` keeps come from the cache here.
+repeat: $(BIN)/.installed  ## run all of the last commit anew in a clone, and compare dvc.lock and metrics/ byte for byte
+	@clone=$$(mktemp -d) && trap 'rm -rf "$$clone"' EXIT && cache=$$(dvc cache dir) && git clone --quiet . "$$clone" && \
+	cd "$$clone" && dvc cache dir --local .dvc/cache && dvc remote add --quiet --local here "$$cache" && \
+	git ls-files -z '*.dvc' | xargs -0 -r dvc pull --quiet --remote here && dvc repro && \
+	if git diff --quiet -- dvc.lock metrics; then echo 'The same, byte for byte.'; else \
+	git diff --stat -- dvc.lock metrics; dvc metrics diff; echo 'Not the same.'; exit 1; fi
+
+publish: $(BIN)/.installed  ## put the model on the Hub (TO=org/name LICENCE=apache-2.0; DRY_RUN=1 shows what would go)
+	@python stages/publish.py "$(TO)" --licence "$(LICENCE)" $(if $(DRY_RUN),--dry-run)
 
 lint: $(BIN)/.installed  ## check style
 	ruff check .
