@@ -21,7 +21,7 @@ import shutil
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
@@ -31,6 +31,7 @@ from shared.errors import InputError, run
 from shared.params import ROOT, Params, TrainParams, nearest, read_params
 
 if TYPE_CHECKING:
+    import torch
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 
 SCRATCH = ROOT / "models/scratch"
@@ -49,6 +50,7 @@ PLAIN_NAMES = {
     "save_total_limit": "checkpoints",
     "seed": "seeds",
 }
+SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 # Arguments on which the promises of this stage rest: one score an evaluation, and the same model after a cut.
 SET_BY_THE_PIPELINE = {
     "metric_for_best_model",
@@ -83,10 +85,8 @@ def main() -> None:
     # Ten seconds of imports: after the checks above, so that errors come at once.
     from accelerate.utils import broadcast_object_list
     from datasets import Dataset
-    from sentence_transformers import SentenceTransformerTrainer
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    from shared import encoders, environment, retrieval
+    from shared import by_length, encoders, environment, retrieval
 
     # 1. The model, and how good it is before training.
     metric = params.evaluate.primary_metric
@@ -109,19 +109,22 @@ def main() -> None:
     pairs = Dataset.from_list([{"anchor": row["anchor"], "positive": row["positive"]} for row in train])
 
     # 3. Training, from the last whole checkpoint of this same run if it was cut. The main process says from which.
+    set_dropout(model, params.train.dropout)
     arguments = dataclasses.replace(
         arguments, output_dir=str(scratch), metric_for_best_model=f"eval_{score_name}", prompts=prompts(model)
     )
-    trainer = SentenceTransformerTrainer(
+    trainer = by_length.ChunkedTrainer(
         model=model,
         args=arguments,
         train_dataset=pairs,
-        # The loss compares texts as retrieval will; 20 is the library's scale for cosines, which lie in -1 to 1.
-        loss=MultipleNegativesRankingLoss(
+        loss=by_length.ChunkedRankingLoss(
             model,
-            scale=20.0 if model.similarity_fn_name == "cosine" else 1.0,
+            autocast(arguments, model.device),
+            # The loss compares texts as retrieval will; the scale is for cosines, which lie in -1 to 1.
+            scale=params.train.scale if model.similarity_fn_name == "cosine" else 1.0,
             similarity_fct=model.similarity,
             gather_across_devices=processes > 1,
+            **SYMMETRIC if params.train.symmetric else {},
         ),
         evaluator=evaluator,
         callbacks=[watch(scratch, params.train.checkpoints)],
@@ -266,15 +269,35 @@ def training_arguments(train: TrainParams, seed: int, scratch: Path) -> "Sentenc
 
 
 def choose_precision(precision: str) -> dict[str, bool]:
-    """The library's flags. auto is bf16 on a GPU that has it, fp16 on an older one, else fp32. Raises InputError."""
+    """The library's flags. auto is bf16 on a device that multiplies in it, else fp16 on a GPU. Raises InputError."""
     import torch
+
+    from shared.environment import processor_has_bf16
 
     has_cuda = torch.cuda.is_available()
     if precision == "auto":
-        precision = "fp32" if not has_cuda else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+        has_bf16 = torch.cuda.is_bf16_supported(False) if has_cuda else processor_has_bf16()
+        precision = "bf16" if has_bf16 else "fp16" if has_cuda else "fp32"
     if precision == "fp16" and not has_cuda:
         raise InputError("params.yaml: train.precision is fp16, which needs a CUDA GPU, and there is none; take auto")
     return {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+
+
+def autocast(arguments: "SentenceTransformerTrainingArguments", device: "torch.device") -> "torch.autocast":
+    """The context in which the model runs in the precision of its training."""
+    import torch
+
+    dtype = torch.float16 if arguments.fp16 else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=arguments.bf16 or arguments.fp16)
+
+
+def set_dropout(model: "SentenceTransformer", share: float | Literal["model"]) -> None:
+    """Of all Dropout layers, for training; the saved configuration stays as it is, and is what `model` takes."""
+    from torch.nn import Dropout
+
+    for layer in model.modules():
+        if share != "model" and isinstance(layer, Dropout):
+            layer.p = share
 
 
 def prompts(model: "SentenceTransformer") -> dict[str, str]:

@@ -85,6 +85,26 @@ def static_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_bert(tmp_path_factory) -> Path:
+    """A transformer with random weights, and with dropout."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    from shared.sources import packaged_model
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("bert")
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertModel(config).save_pretrained(folder / "transformer")
+    AutoTokenizer.from_pretrained(packaged_model(BASE_PACKAGE)).save_pretrained(folder / "transformer")
+    modules = [Transformer(str(folder / "transformer")), Pooling(config.hidden_size)]
+    SentenceTransformer(modules=modules).save_pretrained(str(folder / "model"))
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
 def make_repo(tmp_path_factory, static_model):
     def make(**params: object) -> Repo:
         folder = tmp_path_factory.mktemp("repo") / "repo"
@@ -98,7 +118,7 @@ def make_repo(tmp_path_factory, static_model):
         shutil.rmtree(folder / "metrics", ignore_errors=True)
         (folder / "dvc.lock").unlink(missing_ok=True)
         repo = Repo(folder)
-        repo.set(**{"models.base": str(static_model), "train.learning_rate": 0.05} | params)
+        repo.set(**{"models.base": str(static_model), "train.learning_rate": 0.05, "train.batch_size": 16} | params)
         repo.run("git", "init", "--quiet", "--initial-branch", "main")
         repo.commit("copy")
         return repo

@@ -12,33 +12,16 @@ import time
 import pytest
 from filelock import FileLock
 
-from conftest import BASE_PACKAGE, ROOT
-from shared.sources import packaged_model
+from conftest import ROOT
 
 TRIALS = {"kill": 8, "kill later": 6, "interrupt": 2, "disk full": 4}
 
 
 @pytest.fixture(scope="module")
-def small_bert(tmp_path_factory):
-    """Random weights. It has dropout, so that a run that goes on needs the random state of the one that was cut."""
-    import torch
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from transformers import AutoTokenizer, BertConfig, BertModel
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("bert")
-    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    BertModel(config).save_pretrained(folder / "transformer")
-    AutoTokenizer.from_pretrained(packaged_model(BASE_PACKAGE)).save_pretrained(folder / "transformer")
-    modules = [Transformer(str(folder / "transformer")), Pooling(config.hidden_size)]
-    SentenceTransformer(modules=modules).save_pretrained(str(folder / "model"))
-    return folder / "model"
-
-
-@pytest.fixture(scope="module")
 def repo(make_repo, small_bert):
+    # Dropout, so that a run that goes on needs the random state of the one that was cut.
     recipe = {"train.epochs": 20, "train.batch_size": 8, "train.evaluations": 8, "train.learning_rate": 0.001}
+    recipe |= {"train.dropout": "model"}
     repo = make_repo(**{"models.base": str(small_bert), "prepare.card": "own-files"} | recipe)
     repo.run("python", "stages/prepare.py")
     return repo

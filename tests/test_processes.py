@@ -71,6 +71,19 @@ def test_two_processes_train_as_one_does_and_end_together(repo, of_one_process):
     assert not list(repo.folder.glob("models/scratch/*/checkpoint-*"))
 
 
+def test_two_processes_train_a_transformer_as_one_does(make_repo, small_bert):
+    """Each has its own number of chunks a step."""
+    fast = {"train.epochs": 0.25, "train.batch_size": 64, "train.learning_rate": 0.001, "train.precision": "fp32"}
+    repo = make_repo(**{"models.base": str(small_bert)} | fast)
+    repo.run("python", "stages/prepare.py")
+    results = []
+    for processes in (1, 2):
+        repo.set(**{"train.processes": processes})
+        repo.run("python", "stages/train.py", "42")
+        results.append(result(repo))
+    check_same(*reversed(results))
+
+
 def test_two_hosts_train_as_one_process_does(repo, of_one_process):
     repo.set(**{"train.processes": 2})
     with socket.socket() as free:

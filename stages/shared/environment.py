@@ -11,10 +11,18 @@ def describe() -> dict[str, str | int]:
     import torch
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    instructions = torch.backends.cpu.get_cpu_capability() + (" BF16" if processor_has_bf16() else "")
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if device and device.type == "cuda" else str(device or "cpu"),
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "processor": f"{platform.machine()} {instructions}",
         "threads": torch.get_num_threads(),
     }
+
+
+def processor_has_bf16() -> bool:
+    """Whether it multiplies in bf16, rather than having it emulated."""
+    import torch
+
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)

@@ -79,6 +79,13 @@ class EvaluateParams(Settings):
     batch_size: Annotated[int, Field(ge=1, le=65536)]
 
 
+def check_dropout(share: Any) -> Any:
+    number = isinstance(share, int | float) and not isinstance(share, bool)
+    if share != "model" and not (number and 0 <= share < 1):
+        raise ValueError("should be model, or a number from 0 up to 1")
+    return share
+
+
 def check_distinct(seeds: list[int]) -> list[int]:
     if len(set(seeds)) < len(seeds):
         raise ValueError("each seed stands once")
@@ -90,6 +97,9 @@ class TrainParams(Settings):
     epochs: Annotated[float, Field(gt=0, le=1000)]
     batch_size: Annotated[int, Field(ge=2, le=65536)]
     warmup: Annotated[float, Field(ge=0, lt=1)]
+    symmetric: bool
+    scale: Annotated[float, Field(gt=0, le=1000)]
+    dropout: Annotated[float | Literal["model"], BeforeValidator(check_dropout)]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     evaluations: Annotated[int, Field(ge=1, le=1000)]
     checkpoints: Annotated[int, Field(ge=1, le=1000)]

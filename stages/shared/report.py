@@ -243,9 +243,12 @@ def training_in_words(params: Params) -> str:
     arguments = "".join(f", {name} {value}" for name, value in train.arguments.items())
     processes = f" over {train.processes} processes" if train.processes > 1 else ""
     seeds = ("seed " if len(train.seeds) == 1 else "seeds ") + ", ".join(map(str, train.seeds))
+    loss = f"{'symmetric ' if train.symmetric else ''}MultipleNegativesRankingLoss, scale {train.scale:g}"
+    dropout = "the model's own" if train.dropout == "model" else f"{train.dropout:g}"
+    steps = f"warm-up {train.warmup:g}, dropout {dropout}, precision {train.precision}"
     return (
-        f"MultipleNegativesRankingLoss, learning rate {train.learning_rate:g}, epochs {train.epochs:g}, batch"
-        f" {train.batch_size}{processes}, warm-up {train.warmup:g}, precision {train.precision}, {seeds}{arguments}."
+        f"{loss}, learning rate {train.learning_rate:g}, epochs {train.epochs:g}, batch"
+        f" {train.batch_size}{processes}, {steps}, {seeds}{arguments}."
     )
 
 

@@ -1,0 +1,98 @@
+"""In-batch negatives without the padding: the library's loss, over a batch that is encoded in chunks of like length.
+
+The library pads each column of a batch to its longest text: at 128 pairs three of four tokens computed are padding. The
+loss needs the embeddings of all texts of a batch at once, the encoder does not.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+COLUMNS = ("anchor", "positive")  # the first is what the loss takes as the query
+# Tokens of a chunk, padding included. On two cores 256 to 2,048 differ by less than the noise: smaller ones pad less,
+# larger ones fill the processor better. A GPU needs more to be filled.
+CPU_TOKENS, GPU_TOKENS = 512, 16_384
+
+
+@dataclass
+class ChunkedCollator(SentenceTransformerDataCollator):
+    """Rows → chunks of each column's texts, tokenized; `label` is the place of each row's texts among the chunks'."""
+
+    chunk_tokens: int = CPU_TOKENS
+
+    def __call__(self, rows: list[dict[str, str]]) -> dict[str, Any]:
+        batch = super().__call__(rows)
+        chunks, places = [], []
+        for number, column in enumerate(COLUMNS):
+            features = {name.removeprefix(f"{column}_"): batch[name] for name in batch if name.startswith(f"{column}_")}
+            if "attention_mask" in features:
+                lengths = features["attention_mask"].sum(dim=1).tolist()
+                parts = list(split(lengths, self.chunk_tokens))
+                chunks += [cut(features, torch.tensor(part)) for part in parts]
+            else:  # nothing is padded: static word vectors, or texts that lie in one row
+                parts = [range(len(rows))]
+                chunks += [features]
+            places += [number * len(rows) + row for part in parts for row in part]
+        # The names by which the trainer knows which tensors go together.
+        named = {f"chunk{n}_{name}": value for n, chunk in enumerate(chunks) for name, value in chunk.items()}
+        return named | {"label": torch.tensor(places).argsort()}
+
+
+def split(lengths: list[int], tokens: int) -> Iterator[list[int]]:
+    """Places of texts, short ones first, in chunks of at most `tokens` once padded (or of one text)."""
+    chunk: list[int] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if chunk and lengths[place] * (len(chunk) + 1) > tokens:
+            yield chunk
+            chunk = []
+        chunk.append(place)
+    yield chunk
+
+
+def cut(features: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """These rows, without the positions at which all of them are padded."""
+    mask = features["attention_mask"]
+    used = mask[rows].any(dim=0)
+    own = dict(features)
+    for name, value in features.items():
+        if isinstance(value, torch.Tensor) and name != "prompt_length" and len(value) == len(mask):
+            own[name] = value[rows][:, used] if value.shape == mask.shape else value[rows]
+    return own
+
+
+class ChunkedRankingLoss(MultipleNegativesRankingLoss):
+    """MultipleNegativesRankingLoss of what `ChunkedCollator` gives: same loss, same gradients, up to rounding.
+
+    In bf16 a chunk's gradients are rounded too, and there are more chunks than the library has columns.
+    """
+
+    def __init__(self, model: SentenceTransformer, precision: AbstractContextManager, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.precision = precision
+
+    def forward(self, sentence_features: list[dict[str, Any]], labels: torch.Tensor) -> torch.Tensor:
+        # One `precision` (autocast) around all chunks, so that each weight is rounded once a batch.
+        with self.precision:
+            encoded = [self.model(chunk)["sentence_embedding"] for chunk in sentence_features]
+        embeddings = torch.cat(encoded)[labels]
+        return self.compute_loss_from_embeddings(list(embeddings.chunk(len(COLUMNS))), labels)
+
+
+class ChunkedTrainer(SentenceTransformerTrainer):
+    """The library's trainer for `ChunkedRankingLoss`."""
+
+    data_collator_class = ChunkedCollator
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        # On a CPU, torch's fused attention goes backward on short texts several times slower than its plain one.
+        on_cpu = self.model.device.type == "cpu"
+        self.data_collator.chunk_tokens = CPU_TOKENS if on_cpu else GPU_TOKENS
+        with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
+            return super().train(*arguments, **options)

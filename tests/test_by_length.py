@@ -1,0 +1,96 @@
+"""A batch encoded in chunks of like length has the loss and the gradients of the library's own trainer."""
+
+import random
+from contextlib import nullcontext
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+from shared.by_length import ChunkedCollator, ChunkedRankingLoss, split
+from train import SYMMETRIC, set_dropout
+
+WORDS = ["fever", "heart", "liver", "of", "the", "acute", "upper", "tooth", "absent", "skin", "bone", "weakness"]
+
+
+def random_rows(seed: int, count: int) -> list[dict[str, str]]:
+    """Pairs of one word to three hundred, most of them short."""
+    dice = random.Random(seed)
+    lengths = [[min(300, int(1 + dice.expovariate(1 / mean))) for mean in (5, 40)] for _ in range(count)]
+    return [
+        {
+            name: " ".join(dice.choices(WORDS, k=length))
+            for name, length in zip(("anchor", "positive"), pair, strict=True)
+        }
+        for pair in lengths
+    ]
+
+
+def loss_and_gradients(model, collator, loss, rows):
+    """As the trainer does it: the collator's tensors, by their prefixes, to the loss."""
+    batch = collator(rows)
+    prefixes = [name.removesuffix("input_ids") for name in batch if name.endswith("_input_ids")]
+    features = [{k.removeprefix(p): v for k, v in batch.items() if k.startswith(p)} for p in prefixes]
+    model.zero_grad()
+    value = loss(features, batch.get("label"))
+    value.backward()
+    return value.item(), {name: w.grad for name, w in model.named_parameters() if w.grad is not None}, features
+
+
+@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def model(request, small_bert):
+    model = SentenceTransformer(str(small_bert), device="cpu").to(request.param)
+    set_dropout(model, 0.0)
+    return model.train()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("options", [{}, SYMMETRIC], ids=["one way", "symmetric"])
+@pytest.mark.parametrize("prompts", [{}, {"anchor": "query: ", "positive": "passage: "}], ids=["", "prompts"])
+def test_loss_and_gradients_are_the_librarys(model, seed, options, prompts):
+    rows = random_rows(seed, 48)
+    theirs = SentenceTransformerDataCollator(model.preprocess, prompts=prompts)
+    loss, gradients, _ = loss_and_gradients(model, theirs, MultipleNegativesRankingLoss(model, **options), rows)
+    ours = ChunkedCollator(model.preprocess, prompts=prompts, chunk_tokens=256)
+    our_loss, our_gradients, chunks = loss_and_gradients(
+        model, ours, ChunkedRankingLoss(model, nullcontext(), **options), rows
+    )
+    assert len(chunks) > 8
+    assert our_loss == pytest.approx(loss, rel=1e-6)
+    assert our_gradients.keys() == gradients.keys()
+    difference = sum(((our_gradients[name] - gradient) ** 2).sum() for name, gradient in gradients.items()).sqrt()
+    norm = sum((gradient**2).sum() for gradient in gradients.values()).sqrt()
+    assert difference / norm < 1e-5
+
+
+def test_static_word_vectors_train_the_same(static_model):
+    model = SentenceTransformer(str(static_model), device="cpu")
+    rows = random_rows(0, 16)
+    theirs = SentenceTransformerDataCollator(model.preprocess)
+    loss, gradients, _ = loss_and_gradients(model, theirs, MultipleNegativesRankingLoss(model), rows)
+    ours = ChunkedRankingLoss(model, nullcontext())
+    our_loss, our_gradients, _ = loss_and_gradients(model, ChunkedCollator(model.preprocess), ours, rows)
+    assert our_loss == loss
+    assert all(torch.equal(our_gradients[name], gradient) for name, gradient in gradients.items())
+
+
+def test_chunks_hold_each_text_once_and_little_padding():
+    lengths = [random.Random(0).randint(1, 250) for _ in range(256)]
+    chunks = list(split(lengths, 512))
+    assert sorted(place for chunk in chunks for place in chunk) == list(range(256))
+    padded = [len(chunk) * max(lengths[place] for place in chunk) for chunk in chunks]
+    assert max(padded) <= 512
+    assert sum(padded) < 1.1 * sum(lengths)
+    assert list(split([900, 3], 512)) == [[1], [0]]
+
+
+def test_dropout_is_set_for_all_layers_and_the_models_own_is_kept(small_bert):
+    model = SentenceTransformer(str(small_bert), device="cpu").train()
+    features = model.preprocess(["chronic fever of the skin"])
+    embed = lambda: model(dict(features))["sentence_embedding"]  # noqa: E731
+    set_dropout(model, "model")
+    assert not torch.equal(embed(), embed())
+    set_dropout(model, 0.0)
+    assert torch.equal(embed(), embed())
