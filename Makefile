@@ -4,7 +4,9 @@ TARGET ?= main
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test experiments report gate repeat publish lint lock clean help
+SEEDS ?= 42 43 44
+
+.PHONY: run test experiments report gate repeat bench recipes publish lint lock clean help
 .DEFAULT_GOAL := run
 
 run: $(BIN)/.installed  ## install, then run what has changed of the pipeline (dvc repro), and show the report
@@ -35,6 +37,14 @@ repeat: $(BIN)/.installed  ## run all of the last commit anew in a clone, and co
 	git ls-files -z '*.dvc' | xargs -0 -r dvc pull --quiet --remote here && dvc repro && \
 	if git diff --quiet -- dvc.lock metrics; then echo 'The same, byte for byte.'; else \
 	git diff --stat -- dvc.lock metrics; dvc metrics diff; echo 'Not the same.'; exit 1; fi
+
+bench: $(BIN)/.installed  ## this training beside the library's own trainer: speed, memory, gain (SEEDS="42 43 44"; an hour)
+	@pip install --quiet --requirement benchmarks/requirements.txt
+	@python benchmarks/bench.py --seeds $(SEEDS)
+
+recipes: $(BIN)/.installed  ## what each part of the recipe gives, on validation rows (SEEDS="42 43 44"; hours)
+	@pip install --quiet --requirement benchmarks/requirements.txt
+	@python benchmarks/recipes.py --seeds $(SEEDS)
 
 publish: $(BIN)/.installed  ## put the model on the Hub (TO=org/name LICENCE=apache-2.0; DRY_RUN=1 shows what would go)
 	@python stages/publish.py "$(TO)" --licence "$(LICENCE)" $(if $(DRY_RUN),--dry-run)
