@@ -42,7 +42,7 @@ bench: $(BIN)/.installed  ## this training beside the library's own trainer: spe
 	@pip install --quiet --requirement benchmarks/requirements.txt
 	@python benchmarks/bench.py --seeds $(SEEDS)
 
-recipes: $(BIN)/.installed  ## what each part of the recipe gives, on validation rows (SEEDS="42 43 44"; hours)
+recipes: $(BIN)/.installed  ## what each part of the recipe gives, and what was dropped, on validation rows (SEEDS="42 43 44"; hours)
 	@pip install --quiet --requirement benchmarks/requirements.txt
 	@python benchmarks/recipes.py --seeds $(SEEDS)
 

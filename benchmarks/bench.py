@@ -5,7 +5,7 @@ Writes  benchmarks/<data>.md; what it trains is thrown away
 
 Speed: pairs a second and peak memory of some steps, each setting in a process of its own, one change at a time.
 Recipe: the published one by the library's trainer, its columns as published (the passage is taken as the query) and
-mended, and params.yaml's by stages/train.py. All are scored on the test rows as final_eval does it.
+mended, and the default of params.yaml by stages/train.py. All are scored on the test rows as final_eval does it.
 """
 
 import argparse
@@ -20,33 +20,42 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from data import CARDS, ROOT, prepare, rows_of
 from tabulate import tabulate
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "stages"))
+from shared.params import read_params
+
+TRAIN = read_params().train
 PAIRS = 640  # of one speed measurement: twenty steps of the published recipe
 # The order of the columns; the first is taken as the query. The published notebook has them swapped.
 SWAPPED = ["positive", "anchor"]
 MENDED = ["anchor", "positive"]
-MIN_WORDS, ROWS = 25, 2_000  # of the MONDO definitions
 
 # What each row of the speed table adds to the one before.
-STOCK = {"batch_size": 32, "chunks": False, "bf16": False, "dropout": "model", "keep_memory": False}
-DEFAULT = {"batch_size": 128, "chunks": True, "bf16": True, "dropout": 0.0, "keep_memory": True}
+STOCK = {"batch_size": 32, "chunks": False, "precision": "fp32", "dropout": "model", "keep_memory": False}
+OURS = {
+    "batch_size": TRAIN.batch_size,
+    "chunks": True,
+    "precision": "auto",
+    "dropout": TRAIN.dropout,
+    "keep_memory": True,
+}
 SPEED = {
     "sentence-transformers' trainer, published recipe": STOCK,
     "+ chunks of like length": STOCK | {"chunks": True},
-    "+ bf16": STOCK | {"chunks": True, "bf16": True},
-    "+ freed memory kept": STOCK | {"chunks": True, "bf16": True, "keep_memory": True},
-    "+ batch 128": DEFAULT | {"dropout": "model"},
-    "+ no dropout: this repo's default": DEFAULT,
-    "the default without bf16": DEFAULT | {"bf16": False},
+    "+ bf16": STOCK | {"chunks": True, "precision": "auto"},
+    "+ freed memory kept": STOCK | {"chunks": True, "precision": "auto", "keep_memory": True},
+    f"+ batch {TRAIN.batch_size}": OURS | {"dropout": "model"},
+    "+ no dropout: this repo's default": OURS,
+    "the default without bf16": OURS | {"precision": "fp32"},
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--data", nargs="+", choices=["hpo-lay", "mondo"], default=["hpo-lay", "mondo"])
+    parser.add_argument("--data", nargs="+", choices=CARDS, default=CARDS)
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -55,45 +64,11 @@ def main() -> None:
     for card in arguments.data:
         with TemporaryDirectory() as folder:
             clone = Path(folder) / "repo"
-            prepare(clone, card, arguments.seeds)
+            prepare(clone, card, {"train.seeds": arguments.seeds})
             written = f"<!-- Written by benchmarks/bench.py, seeds {arguments.seeds}. -->"
             text = "\n\n".join([written, describe(clone), speed(clone), recipes(clone, arguments.seeds)]) + "\n"
             (ROOT / f"benchmarks/{card}.md").write_text(text)
             print(text)
-
-
-def prepare(clone: Path, card: str, seeds: list[int]) -> None:
-    """A clone of the last commit with the data of the card, prepared."""
-    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-    if card == "mondo":
-        write_mondo(clone)
-    params = clone / "params.yaml"
-    text = params.read_text().replace("  card: hpo-lay\n", f"  card: {card}\n")
-    params.write_text(text.replace("  seeds:\n  - 42\n", "  seeds:\n" + "".join(f"  - {seed}\n" for seed in seeds)))
-    subprocess.run([sys.executable, "stages/prepare.py"], cwd=clone, check=True)
-
-
-def write_mondo(clone: Path) -> None:
-    """Disease names → definitions of some length, as a data card and its file."""
-    import cellxgene_ontology_guide
-    import zstandard
-
-    folder = Path(cellxgene_ontology_guide.__file__).parent / "data"
-    newest = max(folder.glob("MONDO-ontology-*.json.zst"))
-    terms = json.loads(zstandard.ZstdDecompressor().stream_reader(newest.read_bytes()).read())
-    pairs = [
-        {"name": term["label"], "definition": term["description"]}
-        for _, term in sorted(terms.items())
-        if not term.get("deprecated") and len(term.get("description", "").split()) >= MIN_WORDS
-    ]
-    chosen = np.random.default_rng(0).permutation(len(pairs))[:ROWS]
-    with (clone / "data/raw/mondo.jsonl").open("w") as file:
-        file.writelines(json.dumps(pairs[place]) + "\n" for place in sorted(chosen))
-    (clone / "data/cards/mondo.yaml").write_text(
-        "title: MONDO disease names → definitions\nsource: files\npath: data/raw/mondo.jsonl\n"
-        "columns: {anchor: name, positive: definition}\nmax_word_overlap: 0.6\n"
-        "licence: CC BY 4.0\ncitation: Vasilevsky et al. (2022), Mondo\n"
-    )
 
 
 def describe(clone: Path) -> str:
@@ -108,12 +83,7 @@ def describe(clone: Path) -> str:
     return f"**{card}**: {len(rows):,} training pairs, tokens a query {question}, a passage {passage}"
 
 
-def rows_of(clone: Path, split: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (clone / f"data/prepared/{split}.jsonl").read_text().splitlines()]
-
-
 def base_model() -> str:
-    from shared.params import read_params
     from shared.sources import model_folder
 
     return str(model_folder(read_params().models.base, "base"))
@@ -193,7 +163,7 @@ def query_scores(clone: Path, model: str) -> np.ndarray:
     from shared.scores import ranks_of, score
 
     test = rows_of(clone, "test")
-    corpus = {row["id"]: row["text"] for row in map(json.loads, (clone / "data/prepared/corpus.jsonl").open())}
+    corpus = {row["id"]: row["text"] for row in rows_of(clone, "corpus")}
     evaluator = retrieval.make_evaluator(test, corpus, 64, "test", keep_rankings=True)
     _, rankings = retrieval.search_with_encoder(evaluator, encoders.load_encoder(Path(model), model), [])
     return score("ndcg@10", ranks_of(rankings, test))
@@ -209,7 +179,7 @@ def train_one(
     clone: str,
     columns: list[str],
     chunks: bool,
-    bf16: bool,
+    precision: str,
     dropout: float | str,
     keep_memory: bool,
     batch_size: int,
@@ -231,7 +201,7 @@ def train_one(
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     from shared import by_length, encoders
-    from train import set_dropout
+    from train import autocast, choose_precision, set_dropout
 
     if keep_memory:
         encoders.keep_freed_memory()
@@ -245,16 +215,15 @@ def train_one(
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
         warmup_steps=0.1,
-        bf16=bf16,
+        **choose_precision(precision),
         use_cpu=not torch.accelerator.is_available(),
         batch_sampler=BatchSamplers.NO_DUPLICATES,
         save_strategy="no",
         seed=seed,
         disable_tqdm=False,
     )
-    autocast = torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16)
     trainer, loss = (
-        (by_length.ChunkedTrainer, by_length.ChunkedRankingLoss(encoder, autocast))
+        (by_length.ChunkedTrainer, by_length.ChunkedRankingLoss(encoder, autocast(arguments, encoder.device)))
         if chunks
         else (SentenceTransformerTrainer, MultipleNegativesRankingLoss(encoder))
     )
@@ -263,10 +232,13 @@ def train_one(
     if model:
         encoder.save_pretrained(model, create_model_card=False)
     seen = pairs or epochs * len(rows)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    return {"pairs_a_second": seen / result.metrics["train_runtime"], "memory": peak}
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    )
+    return {"pairs_a_second": seen / result.metrics["train_runtime"], "memory": memory}
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT / "stages"))
     main()

@@ -1,76 +1,278 @@
-"""What each part of the default recipe gives: train with one param changed at a time, and compare on validation rows.
+"""What each part of the recipe gives: train with one thing changed at a time, and compare on validation rows.
 
-Usage   python benchmarks/recipes.py [--seeds 42 43 44] [--data hpo-lay mondo]   (`make recipes`; of the last commit)
-Writes  benchmarks/recipes.md; what it trains is thrown away
+Usage   python benchmarks/recipes.py [--seeds 42 43 44] [--data hpo-lay mondo] [--recipes NAME ...]   (`make recipes`)
+Writes  models/scratch/recipes.jsonl: each score, so that a run that was cut goes on; benchmarks/recipes.md: the table
+
+A loop of its own around the pipeline's batches and loss, since most of what is tried here is not in the pipeline; on a
+CPU, and for a base model without prompts, such as the default. After a change of code or params, `make clean` first.
 """
 
 import argparse
+import copy
 import json
-import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import data
 import numpy as np
-from bench import ROOT, prepare
-from ruamel.yaml import YAML
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, mine_hard_negatives
+from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from tabulate import tabulate
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+from transformers import get_scheduler
 
-RESULTS = ROOT / "benchmarks/recipes.md"
-VARIANTS = {
-    "the default": {},
-    "dropout: model": {"dropout": "model"},
-    "symmetric: false": {"symmetric": False},
-    "epochs: 1": {"epochs": 1},
-    "learning_rate: 1e-4": {"learning_rate": 1e-4},
-    "batch_size: 64": {"batch_size": 64},
-    "scale: 40": {"scale": 40.0},
-    "batch_size: 256": {"batch_size": 256},
+sys.path.insert(0, str(data.ROOT / "stages"))
+from shared import encoders, retrieval
+from shared.by_length import ChunkedCollator, ChunkedRankingLoss
+from shared.environment import processor_has_bf16
+from shared.params import read_params
+from shared.sources import model_folder
+from train import SYMMETRIC, mixed, set_dropout
+
+SCORES = data.ROOT / "models/scratch/recipes.jsonl"
+TABLE = data.ROOT / "benchmarks/recipes.md"
+# Three in ten of the rows that are not test: a tenth is too few to tell recipes apart.
+VALIDATION = {"prepare.validation_fraction": 0.3}
+TOKENS = 64  # to which texts are cut: a recipe is no better for long ones, and a comparison of many takes half the time
+PARAMS = read_params()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Params of params.yaml, and what was tried beside them."""
+
+    learning_rate: float = PARAMS.train.learning_rate
+    epochs: int = int(PARAMS.train.epochs)
+    batch_size: int = PARAMS.train.batch_size
+    warmup: float = PARAMS.train.warmup
+    dropout: float | str = PARAMS.train.dropout
+    scale: float = PARAMS.train.scale
+    loss: dict[str, Any] = field(default_factory=lambda: SYMMETRIC if PARAMS.train.symmetric else {})
+    weight_decay: float = 0.0
+    schedule: str = "linear"
+    mask: str = ""  # which in-batch negatives are left out, by the base model's similarities
+    negatives: str = ""  # by what one hard negative for each pair is found
+    matryoshka: bool = False
+    columns: tuple[str, str] = ("anchor", "positive")
+
+
+DEFAULT = "the default"
+FOUR_DIRECTIONS = {"directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")}
+RECIPES = {
+    DEFAULT: Recipe(),
+    "published": Recipe(2e-5, 1, 32, dropout="model", loss={}, columns=("positive", "anchor")),
+    "symmetric: false": Recipe(loss={}),
+    "all four directions (GTE's loss)": Recipe(loss=FOUR_DIRECTIONS),
+    "dropout: model": Recipe(dropout="model"),
+    "learning_rate: 1e-4": Recipe(learning_rate=1e-4),
+    "learning_rate: 4e-4": Recipe(learning_rate=4e-4),
+    "epochs: 2": Recipe(epochs=2),
+    "epochs: 5": Recipe(epochs=5),
+    "batch_size: 64": Recipe(batch_size=64),
+    "batch_size: 256": Recipe(batch_size=256),
+    "scale: 10": Recipe(scale=10.0),
+    "scale: 40": Recipe(scale=40.0),
+    "near-duplicates of the passage no negatives": Recipe(mask="near-duplicates"),
+    "passages nearer than the right one no negatives (as GIST)": Recipe(mask="gist"),
+    "a hard negative each, by the base model": Recipe(negatives="dense"),
+    "a hard negative each, by BM25": Recipe(negatives="bm25"),
+    "harder negatives weigh more": Recipe(
+        loss=SYMMETRIC | {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0}
+    ),
+    "Matryoshka (384, 192, 96)": Recipe(matryoshka=True),
+    "weight decay 0.1": Recipe(weight_decay=0.1),
+    "cosine schedule": Recipe(schedule="cosine"),
 }
+LATE = "the default, weights averaged over the last third"
+BASE = "the base model"
+BASE_SHARES = (0.0, 0.2, 0.4)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--data", nargs="+", choices=["hpo-lay", "mondo"], default=["hpo-lay", "mondo"])
+    parser.add_argument("--data", nargs="+", choices=data.CARDS, default=data.CARDS)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     arguments = parser.parse_args()
-    gains: dict[str, dict[str, np.ndarray]] = {}  # data → variant → NDCG@10 on validation rows over the base, by seed
-    for card in arguments.data:
-        with TemporaryDirectory() as folder:
-            clone = Path(folder) / "repo"
-            prepare(clone, card, arguments.seeds)
-            for name, changes in VARIANTS.items():
-                own = np.array([validation_gain(clone, changes, seed) for seed in arguments.seeds])
-                gains.setdefault(card, {})[name] = own
-                write_table(gains, arguments.seeds)
-    print(RESULTS.read_text())
+    SCORES.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as folder:
+        for name in arguments.data:
+            data.prepare(Path(folder) / name, name, VALIDATION)
+        for recipe in arguments.recipes:
+            for seed in arguments.seeds:
+                for name in arguments.data:
+                    if (name, recipe, seed) not in read_scores():
+                        scores = train(Path(folder) / name, recipe, seed)
+                        lines = [json.dumps([name, own, seed, by_share]) for own, by_share in scores.items()]
+                        print(*lines, sep="\n", flush=True)
+                        with SCORES.open("a") as file:
+                            file.write("\n".join(lines) + "\n")
+                        write_table()
+    print(TABLE.read_text())
 
 
-def validation_gain(clone: Path, changes: dict[str, object], seed: int) -> float:
-    yaml, path = YAML(), clone / "params.yaml"
-    text = path.read_text()
-    params = yaml.load(text)
-    params["train"] |= {"evaluations": 1} | changes
-    with path.open("w") as file:
-        yaml.dump(params, file)
-    subprocess.run([sys.executable, "stages/train.py", str(seed)], cwd=clone, check=True)
-    path.write_text(text)
-    scores = json.loads((clone / f"metrics/train/{seed}.json").read_text())
-    return scores["after"] - scores["before"]
+def read_scores() -> dict[tuple[str, str, int], list[float]]:
+    """NDCG@10 on validation rows by data, recipe and seed."""
+    lines = SCORES.read_text().splitlines() if SCORES.exists() else []
+    return {(name, recipe, seed): score for name, recipe, seed, score in map(json.loads, lines)}
 
 
-def write_table(gains: dict[str, dict[str, np.ndarray]], seeds: list[int]) -> None:
-    rows = [[name, *(cell(own, name) for own in gains.values())] for name in VARIANTS]
-    table = tabulate(rows, ["recipe", *gains], "github", disable_numparse=True)
-    RESULTS.write_text(f"<!-- Written by `make recipes`, seeds {seeds}. -->\n\n{table}\n")
+def train(clone: Path, name: str, seed: int) -> dict[str, list[float]]:
+    """NDCG@10 on validation rows of the trained model; for the default, also of the base model and of averages."""
+    recipe = RECIPES[name]
+    corpus = {row["id"]: row["text"] for row in data.rows_of(clone, "corpus")}
+    evaluator = retrieval.make_evaluator(
+        data.rows_of(clone, "validation"), corpus, 64, "validation", keep_rankings=False
+    )
+    model = encoders.load_encoder(model_folder(PARAMS.models.base, "base"), PARAMS.models.base)
+    model.max_seq_length = TOKENS
+    precision = torch.autocast(model.device.type, torch.bfloat16, enabled=processor_has_bf16())
+    evaluator.embed_inputs = convert_outputs_to_fp32(precision(evaluator.embed_inputs))
+    rows = Dataset.from_list(data.rows_of(clone, "train")).select_columns(list(recipe.columns))
+    if recipe.negatives:
+        rows = with_hard_negatives(rows, model, recipe.negatives)
+    base = weights_of(model)
+    scores = {BASE: [score(model, evaluator)]} if name == DEFAULT else {}
+    guide = {column: encode(model, rows[column], precision) for column in ("anchor", "positive")} if recipe.mask else {}
+
+    torch.manual_seed(seed)
+    set_dropout(model, recipe.dropout)
+    loss = MaskedLoss(model, precision, scale=recipe.scale, **recipe.loss)
+    step_loss = MatryoshkaLoss(model, loss, [384, 192, 96]) if recipe.matryoshka else loss
+    collate = ChunkedCollator(model.preprocess)
+    sampler = NoDuplicatesBatchSampler(rows, recipe.batch_size, False, generator=torch.Generator(), seed=seed)
+    steps = recipe.epochs * len(sampler)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+    )
+    schedule = get_scheduler(recipe.schedule, optimizer, int(np.ceil(recipe.warmup * steps)), steps)
+    late, taken = {}, 0
+    progress = tqdm(total=steps, desc=f"{clone.name}, {name}, seed {seed}")
+    model.train()
+    for epoch in range(recipe.epochs):
+        sampler.set_epoch(epoch)
+        for places in sampler:
+            batch = collate([rows[place] for place in places])
+            labels = batch.pop("label")
+            names = dict.fromkeys(key.partition("_")[0] for key in batch)
+            chunks = [
+                {k.removeprefix(f"{own}_"): v for k, v in batch.items() if k.startswith(f"{own}_")} for own in names
+            ]
+            if recipe.mask:
+                loss.left_out = left_out(recipe.mask, guide["anchor"][places], guide["positive"][places])
+            with sdpa_kernel(SDPBackend.MATH):  # as ChunkedTrainer
+                value = step_loss(chunks, labels)
+                value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            progress.update()
+            if name == DEFAULT and progress.n > 2 * steps / 3:
+                taken += 1
+                late = mixed(late, weights_of(model), 1 / taken) if late else weights_of(model)
+    progress.close()
+    trained = weights_of(model)
+    for own, weights in {name: trained, LATE: late}.items():
+        scores[own] = []
+        for share in BASE_SHARES if weights else ():
+            model.load_state_dict(mixed(weights, base, share))
+            scores[own].append(score(model, evaluator))
+    return {own: one for own, one in scores.items() if one}
 
 
-def cell(gains: dict[str, np.ndarray], name: str) -> str:
-    """The mean gain over the base; for a variant, how much more or less it is than the default's."""
-    if name not in gains:
-        return ""
-    difference = gains[name] - gains["the default"]
-    return f"{gains[name].mean():+.4f}" + (f" ({difference.mean():+.4f})" if name != "the default" else "")
+class MaskedLoss(ChunkedRankingLoss):
+    """`left_out`: which passages of the batch are no negatives of which query, a boolean (rows, rows)."""
+
+    left_out: torch.Tensor | None = None
+
+    def compute_loss_from_embeddings(self, embeddings: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        if self.left_out is None:
+            return super().compute_loss_from_embeddings(embeddings, labels)
+        similarity = self.scale * self.similarity_fct(*embeddings)
+        similarity = similarity.masked_fill(self.left_out, -torch.inf)
+        target = torch.arange(len(similarity))
+        one_way, other_way = (torch.nn.functional.cross_entropy(own, target) for own in (similarity, similarity.T))
+        return (one_way + other_way) / 2
+
+
+def left_out(mask: str, queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
+    if mask == "gist":
+        similarity = queries @ passages.T
+        result = similarity > similarity.diagonal()[:, None]
+    else:
+        result = passages @ passages.T > 0.9
+    return result.fill_diagonal_(False)
+
+
+def with_hard_negatives(rows: Dataset, model: SentenceTransformer, by: str) -> Dataset:
+    """With a third column: the best found passage that scores at least 5% below the right one."""
+    if by == "dense":
+        return mine_hard_negatives(
+            rows, model, range_max=50, relative_margin=0.05, num_negatives=1, output_format="n-tuple"
+        )
+    passages = list(dict.fromkeys(rows["positive"]))
+    numbered = [{"id": str(i), "anchor": row["anchor"], "document_id": "0"} for i, row in enumerate(rows)]
+    evaluator = retrieval.make_evaluator(numbered, {str(i): text for i, text in enumerate(passages)}, 64, "train", True)
+    _, rankings = retrieval.search_with_bm25(evaluator)
+    dice = np.random.default_rng(0)
+    found = []
+    for row, ranking in zip(rows, rankings, strict=True):
+        texts = {passages[int(one["corpus_id"])]: one["score"] for one in ranking["results"]}
+        limit = 0.95 * texts.get(row["positive"], np.inf)
+        found.append(
+            next((t for t, s in texts.items() if s < limit and t != row["positive"]), None)
+            or str(dice.choice(passages))
+        )
+    return rows.add_column("negative", found)
+
+
+def encode(model: SentenceTransformer, texts: list[str], precision: torch.autocast) -> torch.Tensor:
+    with precision:
+        return model.encode(list(texts), convert_to_tensor=True, normalize_embeddings=True).float()
+
+
+def score(model: SentenceTransformer, evaluator: Any) -> float:
+    return round(evaluator(model)[f"validation_{model.similarity_fn_name}_ndcg@10"], 4)
+
+
+def weights_of(model: SentenceTransformer) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(model.state_dict())
+
+
+def write_table() -> None:
+    """Of each recipe the mean gain over the base model, by data and by the share of the base mixed into it."""
+    scores = read_scores()
+    base = {name: own[0] for (name, recipe, _), own in scores.items() if recipe == BASE}
+    rows, spreads = [], []
+    for recipe in dict.fromkeys(recipe for _, recipe, _ in scores if recipe != BASE):
+        row = [recipe, len({seed for _, other, seed in scores if other == recipe})]
+        for name in base:
+            own = [gains for (own_name, other, _), gains in scores.items() if (own_name, other) == (name, recipe)]
+            gains = np.array(own).reshape(-1, len(BASE_SHARES)) - base[name]  # seeds x shares
+            row += [f"{gain:+.4f}" for gain in gains.mean(axis=0)] if own else [""] * len(BASE_SHARES)
+            spreads += list(gains.std(axis=0, ddof=1)) if len(own) > 1 else []
+        rows.append(row)
+    headers = ["recipe", "seeds", *(f"{name}, {share:g}" for name in base for share in BASE_SHARES)]
+    bases = ", ".join(f"{name} {own:.4f}" for name, own in base.items())
+    spread = f"{np.mean(spreads):.4f} on average, {np.max(spreads):.4f} at most" if spreads else "unknown"
+    TABLE.write_text(
+        f"""<!-- Written by `make recipes`. -->
+
+Gain in NDCG@10 on validation rows over the base model ({bases}), with 0 to {BASE_SHARES[-1]:g} of the base model's \
+weights mixed into the trained ones. Texts are cut to {TOKENS} tokens. Standard deviation over the seeds: {spread}.
+
+{tabulate(rows, headers, "github", disable_numparse=True)}
+"""
+    )
 
 
 if __name__ == "__main__":

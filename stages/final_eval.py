@@ -81,6 +81,7 @@ def main() -> None:
         metrics,
         {model: significance.score_interval(score(metric, own), groups) for model, own in ranks.items()},
         gains,
+        training,
         {what: examples(what, changes[0], groups, test, corpus, rankings, ranks) for what in ("gained", "lost")},
         machine,
     )

@@ -148,7 +148,7 @@ def write_card(
     scores = {model: scores_of(own, metric) for model, own in ranks.items()}
     intervals = {model: interval(own, metric, table.groups) for model, own in ranks.items()}
     gains = gains_of(table, seed, metric)
-    shown = as_shown(params, seed)
+    shown, chosen = as_shown(params, seed), {seed: records.read_metrics(f"train/{seed}")}
     text = f"""---
 {front_matter(repository, licence, seed, params, data_card, data, table)}
 ---
@@ -183,7 +183,7 @@ Source: {plain(data_card.citation)} {link(data_card.url or "")}
 
 **Base model**: {shown.models.base}.
 
-**Training**: {plain(report.training_in_words(shown))} The validation rows chose the checkpoint.
+**Training**: {plain(report.training_in_words(shown))} {report.chosen_in_words(shown, chosen)}
 
 **Licence** of these weights: {licence}. Data and base model have their own.
 

@@ -2,7 +2,8 @@
 
 Usage   python stages/train.py SEED   (one of train.seeds in params.yaml)
 Reads   data/prepared/{train,validation,corpus}.jsonl, models.base
-Writes  models/finetuned/<seed>/, metrics/train/<seed>.json (validation score before and after, chosen step),
+Writes  models/finetuned/<seed>/, metrics/train/<seed>.json (validation score before and after, chosen step
+        and share of the base model),
         metrics/curves/<seed>/{loss,validation}.csv, metrics/environment/train@<seed>.json
         models/scratch/<fingerprint>/: checkpoints (until the run ends) and TensorBoard logs; nobody's output
 
@@ -83,7 +84,7 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
     # Ten seconds of imports: after the checks above, so that errors come at once.
-    from accelerate.utils import broadcast_object_list
+    from accelerate.utils import broadcast_object_list, convert_outputs_to_fp32
     from datasets import Dataset
 
     from shared import by_length, encoders, environment, retrieval
@@ -100,6 +101,9 @@ def main() -> None:
     evaluator = retrieval.make_evaluator(
         validation, corpus, params.evaluate.batch_size, "validation", keep_rankings=False
     )
+    # Encoded in the precision of training, and compared in float32, in which near scores do not tie.
+    precision = autocast(arguments, model.device)
+    evaluator.embed_inputs = convert_outputs_to_fp32(precision(evaluator.embed_inputs))
     score_name = f"validation_{model.similarity_fn_name}_{metric}"
     score_before = evaluator(model)[score_name]
     if is_main_process:
@@ -119,7 +123,7 @@ def main() -> None:
         train_dataset=pairs,
         loss=by_length.ChunkedRankingLoss(
             model,
-            autocast(arguments, model.device),
+            precision,
             # The loss compares texts as retrieval will; the scale is for cosines, which lie in -1 to 1.
             scale=params.train.scale if model.similarity_fn_name == "cosine" else 1.0,
             similarity_fct=model.similarity,
@@ -134,10 +138,17 @@ def main() -> None:
     if not is_main_process:
         return
 
-    # 4. The checkpoint that validation prefers becomes the model.
+    # 4. The checkpoint that validation prefers; with a share of the base model's weights in it, if it prefers that.
     state = trainer.state
     best = scratch / f"checkpoint-{state.best_global_step}"
-    save_model(encoders.load_encoder(best, best.name), records.FINETUNED / str(seed))
+    model, base_share, score_after = encoders.load_encoder(best, best.name), 0.0, state.best_metric
+    if params.train.base_share:
+        untrained, mixture = encoders.load_encoder(base, params.models.base), encoders.load_encoder(best, best.name)
+        mixture.load_state_dict(mixed(model.state_dict(), untrained.state_dict(), params.train.base_share))
+        score_mixed = evaluator(mixture)[score_name]
+        if score_mixed > score_after:
+            model, base_share, score_after = mixture, params.train.base_share, score_mixed
+    save_model(model, records.FINETUNED / str(seed))
     loss, scores = (
         [(entry["step"], records.rounded(entry[name])) for entry in state.log_history if name in entry]
         for name in ("loss", f"eval_{score_name}")
@@ -145,12 +156,16 @@ def main() -> None:
     curves = records.CURVES / str(seed)
     records.write_csv(curves / "loss.csv", ["step", "loss"], loss)
     records.write_csv(curves / "validation.csv", ["step", metric], [(0, records.rounded(score_before)), *scores])
-    validation = {"before": records.rounded(score_before), "after": records.rounded(state.best_metric)}
-    records.write_json(records.METRICS / f"train/{seed}.json", validation | {"step": state.best_global_step})
+    validation = {"before": records.rounded(score_before), "after": records.rounded(score_after)}
+    chosen = {"step": state.best_global_step, "base_share": base_share}
+    records.write_json(records.METRICS / f"train/{seed}.json", validation | chosen)
     records.write_json(records.ENVIRONMENT / f"train@{seed}.json", environment.describe())
     for path in reversed(checkpoints(scratch)):  # the newest first, so that those left by a cut are a run's beginning
         shutil.rmtree(path)
-    print(f"models/finetuned/{seed}: validation {metric} {state.best_metric:.4f} at step {state.best_global_step}")
+    print(
+        f"models/finetuned/{seed}: validation {metric} {score_after:.4f},"
+        f" of step {state.best_global_step} with {base_share:g} of the base model"
+    )
 
 
 def launch(processes: int) -> int:
@@ -378,6 +393,16 @@ def last_whole_checkpoint(scratch: Path) -> str | None:
 def best_up_to(checkpoint: Path) -> Path:
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     return checkpoint.with_name(f"checkpoint-{state['best_global_step']}")
+
+
+def mixed(
+    trained: dict[str, "torch.Tensor"], untrained: dict[str, "torch.Tensor"], share: float
+) -> dict[str, "torch.Tensor"]:
+    """Weights on the line between a model and the one that it was trained from, `share` of the latter."""
+    return {
+        name: weight.lerp(untrained[name], share) if weight.is_floating_point() else weight
+        for name, weight in trained.items()
+    }
 
 
 def save_model(model: "SentenceTransformer", folder: Path) -> None:

@@ -15,7 +15,6 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-COLUMNS = ("anchor", "positive")  # the first is what the loss takes as the query
 # Tokens of a chunk, padding included. On two cores 256 to 2,048 differ by less than the noise: smaller ones pad less,
 # larger ones fill the processor better. A GPU needs more to be filled.
 CPU_TOKENS, GPU_TOKENS = 512, 16_384
@@ -23,14 +22,18 @@ CPU_TOKENS, GPU_TOKENS = 512, 16_384
 
 @dataclass
 class ChunkedCollator(SentenceTransformerDataCollator):
-    """Rows → chunks of each column's texts, tokenized; `label` is the place of each row's texts among the chunks'."""
+    """Rows → chunks of each column's texts, tokenized.
+
+    `label`, shape (columns, rows), is the place of each text among those of all chunks.
+    """
 
     chunk_tokens: int = CPU_TOKENS
 
     def __call__(self, rows: list[dict[str, str]]) -> dict[str, Any]:
         batch = super().__call__(rows)
+        columns = list(rows[0])
         chunks, places = [], []
-        for number, column in enumerate(COLUMNS):
+        for number, column in enumerate(columns):
             features = {name.removeprefix(f"{column}_"): batch[name] for name in batch if name.startswith(f"{column}_")}
             if "attention_mask" in features:
                 lengths = features["attention_mask"].sum(dim=1).tolist()
@@ -42,7 +45,7 @@ class ChunkedCollator(SentenceTransformerDataCollator):
             places += [number * len(rows) + row for part in parts for row in part]
         # The names by which the trainer knows which tensors go together.
         named = {f"chunk{n}_{name}": value for n, chunk in enumerate(chunks) for name, value in chunk.items()}
-        return named | {"label": torch.tensor(places).argsort()}
+        return named | {"label": torch.tensor(places).argsort().view(len(columns), len(rows))}
 
 
 def split(lengths: list[int], tokens: int) -> Iterator[list[int]]:
@@ -70,7 +73,8 @@ def cut(features: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
 class ChunkedRankingLoss(MultipleNegativesRankingLoss):
     """MultipleNegativesRankingLoss of what `ChunkedCollator` gives: same loss, same gradients, up to rounding.
 
-    In bf16 a chunk's gradients are rounded too, and there are more chunks than the library has columns.
+    In bf16 a chunk's gradients are rounded too: on 48 MONDO pairs they were 1.34% off those of float32, the library's
+    1.31%.
     """
 
     def __init__(self, model: SentenceTransformer, precision: AbstractContextManager, **options: Any) -> None:
@@ -81,8 +85,7 @@ class ChunkedRankingLoss(MultipleNegativesRankingLoss):
         # One `precision` (autocast) around all chunks, so that each weight is rounded once a batch.
         with self.precision:
             encoded = [self.model(chunk)["sentence_embedding"] for chunk in sentence_features]
-        embeddings = torch.cat(encoded)[labels]
-        return self.compute_loss_from_embeddings(list(embeddings.chunk(len(COLUMNS))), labels)
+        return self.compute_loss_from_embeddings(list(torch.cat(encoded)[labels]), labels)
 
 
 class ChunkedTrainer(SentenceTransformerTrainer):

@@ -101,6 +101,7 @@ class TrainParams(Settings):
     scale: Annotated[float, Field(gt=0, le=1000)]
     dropout: Annotated[float | Literal["model"], BeforeValidator(check_dropout)]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
+    base_share: Annotated[float, Field(ge=0, lt=1)]
     evaluations: Annotated[int, Field(ge=1, le=1000)]
     checkpoints: Annotated[int, Field(ge=1, le=1000)]
     processes: Annotated[int, Field(ge=1, le=1024)]

@@ -81,7 +81,7 @@ def training(curves: Path, chosen: dict[int, int], metric: Metric) -> str:
                 axes.plot(step, values[steps.index(step)], "o", markersize=9, fillstyle="none", color=INK)
         axes.set_xlabel("step")
     left.set_title("Training loss")
-    right.set_title(f"Validation {title(metric)} (circle: chosen)")
+    right.set_title(f"Validation {title(metric)} (circle: the checkpoint)")
     figure.tight_layout()
     return svg(figure)
 

@@ -53,12 +53,13 @@ def write_report(
     scores: dict[str, dict[str, float]],
     intervals: dict[str, tuple[float, float]],
     gains: dict[str, Any],
+    training: dict[int, dict[str, float]],
     examples: dict[str, list[dict[str, Any]]],
     environment: dict[str, Any],
 ) -> str:
-    """`scores` and `intervals` (of the primary metric) are by model: base, reference, finetuned; `gains` is gain.json;
-    `examples` holds lists of {"query", "passage", "before", "after", "first_before", "first_after"}, before and after
-    being ranks, and first_… None where it is the right passage.
+    """`scores` and `intervals` (of the primary metric) are by model: base, reference, finetuned; `gains` is gain.json,
+    `training` metrics/train/ by seed; `examples` holds lists of {"query", "passage", "before", "after", "first_before",
+    "first_after"}, before and after being ranks, and first_… None where it is the right passage.
     """
     metric, queries = params.evaluate.primary_metric, data["rows"]["test"]
     return f"""# Result
@@ -100,7 +101,7 @@ luck. Each query has one right passage, so that accuracy@k is also recall@k. Int
 three-letter sequences have a Jaccard similarity of {params.prepare.near_duplicate_similarity:g} or more.
 Licence: {card.licence}. Source: {card.citation}.
 
-**Training** {training_in_words(params)} The validation rows chose the checkpoint.
+**Training** {training_in_words(params)} {chosen_in_words(params, training)}
 
 {picture("training")}
 
@@ -249,6 +250,17 @@ def training_in_words(params: Params) -> str:
     return (
         f"{loss}, learning rate {train.learning_rate:g}, epochs {train.epochs:g}, batch"
         f" {train.batch_size}{processes}, {steps}, {seeds}{arguments}."
+    )
+
+
+def chosen_in_words(params: Params, training: dict[int, dict[str, float]]) -> str:
+    """What the validation rows chose; `training` is metrics/train/ by seed."""
+    if not params.train.base_share:
+        return "The validation rows chose the checkpoint."
+    chosen = ", ".join(f"{own['base_share']:g} (seed {seed})" for seed, own in training.items())
+    return (
+        "The validation rows chose the checkpoint, and the base model's share of its weights, 0 or"
+        f" {params.train.base_share:g}: {chosen}."
     )
 
 
