@@ -88,7 +88,7 @@ def main() -> None:
     query_words = np.array([len(row["anchor"].split()) for row in test])
     drawn = {
         "scores": pictures.scores(ranks, groups, report.headline_metrics(metric)),
-        "training": pictures.training(records.CURVES, {seed: own["step"] for seed, own in training.items()}, metric),
+        "training": pictures.training(records.CURVES, training, metric),
         "recall": pictures.recall(ranks),
         "ranks": pictures.rank_moves(ranks["base"], ranks["finetuned"]),
         "length": pictures.gain_by_length(changes, groups, query_words, metric),

@@ -66,22 +66,23 @@ def scores(ranks: dict[str, np.ndarray], groups: np.ndarray, metrics: list[Metri
     return svg(figure)
 
 
-def training(curves: Path, chosen: dict[int, int], metric: Metric) -> str:
+def training(curves: Path, chosen: dict[int, dict[str, float]], metric: Metric) -> str:
     """Loss, and score on the validation rows, by step; a line a seed. `curves` holds <seed>/{loss,validation}.csv,
-    `chosen` the step whose checkpoint each seed's run has kept.
+    `chosen` is metrics/train/ by seed: the step of the model, and its score, which is above the line at that step where
+    the base model's weights are mixed in.
     """
     figure, (left, right) = canvas(columns=2)
     for axes, name, column in ((left, "loss", "loss"), (right, "validation", metric)):
-        for seed, step in chosen.items():
+        for seed, model in chosen.items():
             with (curves / str(seed) / f"{name}.csv").open(encoding="utf-8") as lines:
                 rows = list(csv.DictReader(lines))
             steps, values = [int(row["step"]) for row in rows], [float(row[column]) for row in rows]
             axes.plot(steps, values, marker="" if name == "loss" else ".", color=COLOURS["finetuned"], alpha=0.8)
             if name == "validation":
-                axes.plot(step, values[steps.index(step)], "o", markersize=9, fillstyle="none", color=INK)
+                axes.plot(model["step"], model["after"], "o", markersize=9, fillstyle="none", color=INK)
         axes.set_xlabel("step")
     left.set_title("Training loss")
-    right.set_title(f"Validation {title(metric)} (circle: the checkpoint)")
+    right.set_title(f"Validation {title(metric)} (circle: the model)")
     figure.tight_layout()
     return svg(figure)
 
