@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,18 @@ def test_the_gate_names_what_does_not_belong_together(repo, clone, file, old, ne
     assert result.returncode == 1
     assert words in result.stdout
     assert "the result is not of this state, as listed above" in result.stderr
+
+
+def test_an_empty_folder_is_no_other_model(repo, clone):
+    """A failed experiment leaves one in a clone without data."""
+    folder = clone / "models/finetuned"
+    folder.mkdir()
+    empty = repo.run("python", "stages/gate.py", cwd=clone, check=False)
+    (folder / "other").touch()
+    other = repo.run("python", "stages/gate.py", cwd=clone, check=False)
+    shutil.rmtree(folder)
+    assert empty.returncode == 0
+    assert "models/finetuned: changed since final_eval" in other.stdout
 
 
 def test_the_gate_names_params_that_were_committed_without_a_run(repo):

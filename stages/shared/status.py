@@ -43,9 +43,11 @@ def changes(stages: dict[str, dict[str, Any]]) -> list[str]:
 
 def is_elsewhere(path: str, state: str, locked: dict[str, dict[str, Any]]) -> bool:
     """Whether it is data or a model that Git does not hold, so that a clone may be without it, or without a part."""
-    if state in ("deleted", "not in cache"):
-        return git("check-ignore", path) is not None
     folder = ROOT / path
+    # DVC leaves an empty folder where an experiment failed in a clone without data.
+    is_empty = folder.is_dir() and not any(inside.is_file() for inside in folder.rglob("*"))
+    if is_empty or state in ("deleted", "not in cache"):
+        return git("check-ignore", path) is not None
     absent = [pointer for pointer in folder.rglob("*.dvc") if not pointer.with_suffix("").exists()]
     md5 = md5_with(absent, folder) if absent else ""
     if md5 is None:
