@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, mine_hard_negatives
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, mine_hard_negatives
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from tabulate import tabulate
@@ -50,7 +50,7 @@ class Recipe:
     """Params of params.yaml, and what was tried beside them."""
 
     learning_rate: float = PARAMS.train.learning_rate
-    epochs: int = int(PARAMS.train.epochs)
+    epochs: int = round(PARAMS.train.epochs)
     batch_size: int = PARAMS.train.batch_size
     warmup: float = PARAMS.train.warmup
     dropout: float | str = PARAMS.train.dropout
@@ -73,6 +73,7 @@ RECIPES = {
     "all four directions (GTE's loss)": Recipe(loss=FOUR_DIRECTIONS),
     "dropout: model": Recipe(dropout="model"),
     "learning_rate: 1e-4": Recipe(learning_rate=1e-4),
+    "learning_rate: 2e-4": Recipe(learning_rate=2e-4),
     "learning_rate: 4e-4": Recipe(learning_rate=4e-4),
     "epochs: 2": Recipe(epochs=2),
     "epochs: 5": Recipe(epochs=5),
@@ -106,7 +107,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         for name in arguments.data:
             data.prepare(Path(folder) / name, name, VALIDATION)
-        for recipe in arguments.recipes:
+        for recipe in dict.fromkeys([DEFAULT, *arguments.recipes]):  # with which the others are compared
             for seed in arguments.seeds:
                 for name in arguments.data:
                     if (name, recipe, seed) not in read_scores():
@@ -160,12 +161,7 @@ def train(clone: Path, name: str, seed: int) -> dict[str, list[float]]:
     for epoch in range(recipe.epochs):
         sampler.set_epoch(epoch)
         for places in sampler:
-            batch = collate([rows[place] for place in places])
-            labels = batch.pop("label")
-            names = dict.fromkeys(key.partition("_")[0] for key in batch)
-            chunks = [
-                {k.removeprefix(f"{own}_"): v for k, v in batch.items() if k.startswith(f"{own}_")} for own in names
-            ]
+            chunks, labels = SentenceTransformerTrainer.collect_features(None, collate([rows[one] for one in places]))
             if recipe.mask:
                 loss.left_out = left_out(recipe.mask, guide["anchor"][places], guide["positive"][places])
             with sdpa_kernel(SDPBackend.MATH):  # as ChunkedTrainer
