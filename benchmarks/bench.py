@@ -1,7 +1,7 @@
 """Benchmark: this repo's training beside sentence-transformers' own trainer; same data, base model, machine and run.
 
 Usage   python benchmarks/bench.py [--seeds 42 43 44] [--data hpo-lay mondo]   (`make bench`; of the last commit)
-Writes  benchmarks/<data>.md; what it trains is thrown away
+Writes  benchmarks/<data>-<precision>.md, the precision that `auto` takes here; what it trains is thrown away
 
 Speed: pairs a second and peak memory of some steps, each setting in a process of its own, one change at a time.
 Recipe: the published one by the library's trainer, its columns as published (the passage is taken as the query) and
@@ -68,13 +68,25 @@ def main() -> None:
         clones = {card: Path(folder) / card for card in arguments.data}
         for card, clone in clones.items():
             prepare(clone, card, {"train.seeds": arguments.seeds})
+        precision = precision_here()
         # Before this process encodes the test rows, since a child counts its parent's peak memory as its own.
-        speeds = {card: speed(clone) for card, clone in clones.items()}
+        speeds = {card: speed(clone, precision) for card, clone in clones.items()}
         for card, clone in clones.items():
-            written = f"<!-- Written by benchmarks/bench.py, seeds {arguments.seeds}. -->"
+            written = f"<!-- Written by benchmarks/bench.py, seeds {arguments.seeds}, commit {commit()}. -->"
             text = "\n\n".join([written, describe(clone), speeds[card], recipes(clone, arguments.seeds)]) + "\n"
-            (ROOT / f"benchmarks/{card}.md").write_text(text)
+            (ROOT / f"benchmarks/{card}-{precision}.md").write_text(text)
             print(text)
+
+
+def precision_here() -> str:
+    """In what `train.precision: auto` trains here."""
+    from train import choose_precision
+
+    return next((name for name, chosen in choose_precision("auto").items() if chosen), "fp32")
+
+
+def commit() -> str:
+    return subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
 
 
 def describe(clone: Path) -> str:
@@ -95,11 +107,12 @@ def base_model() -> str:
     return str(model_folder(read_params().models.base, "base"))
 
 
-def speed(clone: Path) -> str:
+def speed(clone: Path, precision: str) -> str:
     """The table of pairs a second and peak memory, as ratios to the first row."""
     measured = {
         name: run_one(clone, **setting, columns=MENDED, pairs=PAIRS, seed=42, learning_rate=2e-5, epochs=1, model=None)
         for name, setting in SPEED.items()
+        if precision != "fp32" or "bf16" not in name
     }
     first = next(iter(measured.values()))
     rows = [

@@ -1,10 +1,10 @@
 """What each part of the recipe gives: train with one thing changed at a time, and compare on validation rows.
 
 Usage   python benchmarks/recipes.py [--seeds 42 43 44] [--data hpo-lay mondo] [--recipes NAME ...]   (`make recipes`)
-Writes  models/scratch/recipes.jsonl: each score, so that a run that was cut goes on; benchmarks/recipes.md: the table
+Writes  benchmarks/recipes.jsonl: each score, and what is there is not run again; benchmarks/recipes.md: the table
 
 A loop of its own around the pipeline's batches and loss, since most of what is tried here is not in the pipeline; on a
-CPU, and for a base model without prompts, such as the default. After a change of code or params, `make clean` first.
+CPU, and for a base model without prompts, such as the default. Delete recipes.jsonl to begin anew.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from shared.params import read_params
 from shared.sources import model_folder
 from train import SYMMETRIC, mixed, set_dropout
 
-SCORES = data.ROOT / "models/scratch/recipes.jsonl"
+SCORES = data.ROOT / "benchmarks/recipes.jsonl"
 TABLE = data.ROOT / "benchmarks/recipes.md"
 # Three in ten of the rows that are not test: a tenth is too few to tell recipes apart.
 VALIDATION = {"prepare.validation_fraction": 0.3}
@@ -47,15 +47,15 @@ PARAMS = read_params()
 
 @dataclass(frozen=True)
 class Recipe:
-    """Params of params.yaml, and what was tried beside them."""
+    """Params of params.yaml, and what was tried beside them; without changes, the recipe to start from."""
 
-    learning_rate: float = PARAMS.train.learning_rate
-    epochs: int = round(PARAMS.train.epochs)
-    batch_size: int = PARAMS.train.batch_size
-    warmup: float = PARAMS.train.warmup
-    dropout: float | str = PARAMS.train.dropout
-    scale: float = PARAMS.train.scale
-    loss: dict[str, Any] = field(default_factory=lambda: SYMMETRIC if PARAMS.train.symmetric else {})
+    learning_rate: float = 1.5e-4
+    epochs: int = 3
+    batch_size: int = 128
+    warmup: float = 0.1
+    dropout: float | str = 0.0
+    scale: float = 20.0
+    loss: dict[str, Any] = field(default_factory=lambda: SYMMETRIC)
     weight_decay: float = 0.0
     schedule: str = "linear"
     mask: str = ""  # which in-batch negatives are left out, by the base model's similarities
@@ -64,10 +64,10 @@ class Recipe:
     columns: tuple[str, str] = ("anchor", "positive")
 
 
-DEFAULT = "the default"
+START = "to start from: 3 epochs at 1.5e-4, batch 128, symmetric"
 FOUR_DIRECTIONS = {"directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")}
 RECIPES = {
-    DEFAULT: Recipe(),
+    START: Recipe(),
     "published": Recipe(2e-5, 1, 32, dropout="model", loss={}, columns=("positive", "anchor")),
     "symmetric: false": Recipe(loss={}),
     "all four directions (GTE's loss)": Recipe(loss=FOUR_DIRECTIONS),
@@ -76,6 +76,9 @@ RECIPES = {
     "learning_rate: 2e-4": Recipe(learning_rate=2e-4),
     "learning_rate: 4e-4": Recipe(learning_rate=4e-4),
     "epochs: 2": Recipe(epochs=2),
+    "epochs: 2, learning_rate: 2e-4": Recipe(epochs=2, learning_rate=2e-4),
+    "epochs: 2, learning_rate: 2.5e-4": Recipe(epochs=2, learning_rate=2.5e-4),
+    "epochs: 2, batch_size: 64": Recipe(epochs=2, batch_size=64),
     "epochs: 5": Recipe(epochs=5),
     "batch_size: 64": Recipe(batch_size=64),
     "batch_size: 256": Recipe(batch_size=256),
@@ -92,7 +95,7 @@ RECIPES = {
     "weight decay 0.1": Recipe(weight_decay=0.1),
     "cosine schedule": Recipe(schedule="cosine"),
 }
-LATE = "the default, weights averaged over the last third"
+LATE = "weights averaged over the last third of the steps"
 BASE = "the base model"
 BASE_SHARES = (0.0, 0.2, 0.4)
 
@@ -103,11 +106,10 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=data.CARDS, default=data.CARDS)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     arguments = parser.parse_args()
-    SCORES.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
         for name in arguments.data:
             data.prepare(Path(folder) / name, name, VALIDATION)
-        for recipe in dict.fromkeys([DEFAULT, *arguments.recipes]):  # with which the others are compared
+        for recipe in dict.fromkeys([START, *arguments.recipes]):  # to which the others are changes
             for seed in arguments.seeds:
                 for name in arguments.data:
                     if (name, recipe, seed) not in read_scores():
@@ -127,7 +129,7 @@ def read_scores() -> dict[tuple[str, str, int], list[float]]:
 
 
 def train(clone: Path, name: str, seed: int) -> dict[str, list[float]]:
-    """NDCG@10 on validation rows of the trained model; for the default, also of the base model and of averages."""
+    """NDCG@10 on validation rows of the trained model; for START, also of the base model and of averages."""
     recipe = RECIPES[name]
     corpus = {row["id"]: row["text"] for row in data.rows_of(clone, "corpus")}
     evaluator = retrieval.make_evaluator(
@@ -141,7 +143,7 @@ def train(clone: Path, name: str, seed: int) -> dict[str, list[float]]:
     if recipe.negatives:
         rows = with_hard_negatives(rows, model, recipe.negatives)
     base = weights_of(model)
-    scores = {BASE: [score(model, evaluator)]} if name == DEFAULT else {}
+    scores = {BASE: [score(model, evaluator)]} if name == START else {}
     guide = {column: encode(model, rows[column], precision) for column in ("anchor", "positive")} if recipe.mask else {}
 
     torch.manual_seed(seed)
@@ -172,7 +174,7 @@ def train(clone: Path, name: str, seed: int) -> dict[str, list[float]]:
             schedule.step()
             optimizer.zero_grad()
             progress.update()
-            if name == DEFAULT and progress.n > 2 * steps / 3:
+            if name == START and progress.n > 2 * steps / 3:
                 taken += 1
                 late = mixed(late, weights_of(model), 1 / taken) if late else weights_of(model)
     progress.close()
@@ -249,7 +251,7 @@ def write_table() -> None:
     scores = read_scores()
     base = {name: own[0] for (name, recipe, _), own in scores.items() if recipe == BASE}
     rows, spreads = [], []
-    for recipe in dict.fromkeys(recipe for _, recipe, _ in scores if recipe != BASE):
+    for recipe in [name for name in (START, LATE, *RECIPES) if any(other == name for _, other, _ in scores)]:
         row = [recipe, len({seed for _, other, seed in scores if other == recipe})]
         for name in base:
             own = [gains for (own_name, other, _), gains in scores.items() if (own_name, other) == (name, recipe)]

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 SCRATCH = ROOT / "models/scratch"
 SEAL = "seal.json"  # in a checkpoint: the hash of each of its files, written last
+KEPT = 2  # newest checkpoints on disk while training, beside the best one: the newest may be damaged
 # The library's arguments that have a plain name in params.yaml.
 PLAIN_NAMES = {
     "learning_rate": "learning_rate",
@@ -47,8 +48,7 @@ PLAIN_NAMES = {
     "bf16": "precision",
     "fp16": "precision",
     "eval_steps": "evaluations",
-    "save_steps": "evaluations",
-    "save_total_limit": "checkpoints",
+    "save_steps": "checkpoints",
     "seed": "seeds",
 }
 SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
@@ -131,7 +131,7 @@ def main() -> None:
             **SYMMETRIC if params.train.symmetric else {},
         ),
         evaluator=evaluator,
-        callbacks=[watch(scratch, params.train.checkpoints)],
+        callbacks=[watch(scratch)],
     )
     (checkpoint,) = broadcast_object_list([last_whole_checkpoint(scratch) if is_main_process else None])
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -143,11 +143,13 @@ def main() -> None:
     best = scratch / f"checkpoint-{state.best_global_step}"
     model, base_share, score_after = encoders.load_encoder(best, best.name), 0.0, state.best_metric
     if params.train.base_share:
-        untrained, mixture = encoders.load_encoder(base, params.models.base), encoders.load_encoder(best, best.name)
-        mixture.load_state_dict(mixed(model.state_dict(), untrained.state_dict(), params.train.base_share))
-        score_mixed = evaluator(mixture)[score_name]
+        untrained = encoders.load_encoder(base, params.models.base).state_dict()
+        model.load_state_dict(mixed(model.state_dict(), untrained, params.train.base_share))
+        score_mixed = evaluator(model)[score_name]
         if score_mixed > score_after:
-            model, base_share, score_after = mixture, params.train.base_share, score_mixed
+            base_share, score_after = params.train.base_share, score_mixed
+        else:
+            model = encoders.load_encoder(best, best.name)
     save_model(model, records.FINETUNED / str(seed))
     loss, scores = (
         [(entry["step"], records.rounded(entry[name])) for entry in state.log_history if name in entry]
@@ -235,7 +237,8 @@ def training_arguments(train: TrainParams, seed: int, scratch: Path) -> "Sentenc
     from sentence_transformers import SentenceTransformerTrainingArguments
     from sentence_transformers.base.sampler import BatchSamplers
 
-    share = 1 / train.evaluations - 1e-9  # of all steps; below 1 also for one evaluation, since 1 would mean each step
+    # Shares of all steps; below 1 also for a single one, since 1 would mean each step.
+    evaluation, save = (1 / count - 1e-9 for count in (train.evaluations, train.checkpoints))
     fixed = {
         "output_dir": str(scratch),
         "learning_rate": train.learning_rate,
@@ -244,9 +247,9 @@ def training_arguments(train: TrainParams, seed: int, scratch: Path) -> "Sentenc
         "warmup_steps": train.warmup,  # a float below 1 is a share of all steps
         "seed": seed,
         "eval_strategy": "steps",
-        "eval_steps": share,
+        "eval_steps": evaluation,
         "save_strategy": "steps",
-        "save_steps": share,
+        "save_steps": save,
         "save_total_limit": None,  # the callback removes old checkpoints, once the new one is sealed
         "greater_is_better": True,
         "batch_sampler": BatchSamplers.NO_DUPLICATES,  # a passage twice in a batch would be its own negative
@@ -322,13 +325,14 @@ def prompts(model: "SentenceTransformer") -> dict[str, str]:
     return {column: prompt for column, prompt in by_column.items() if prompt}
 
 
-def watch(scratch: Path, kept: int):
-    """The trainer's callback of this pipeline; `kept` is the number of checkpoints."""
+def watch(scratch: Path):
+    """The trainer's callback of this pipeline."""
     from accelerate import PartialState
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_save |= control.should_evaluate  # what is scored may be chosen
             # A logged loss is the mean since the last log. Where that span crossed a checkpoint, a run that goes on
             # from it would know only a part, and write another curve than an undisturbed run.
             control.should_log |= control.should_save
@@ -345,7 +349,7 @@ def watch(scratch: Path, kept: int):
             PartialState().wait_for_everyone()  # each process has written its own random state
             if state.is_world_process_zero:
                 seal(scratch / f"checkpoint-{state.global_step}")
-                newest = checkpoints(scratch)[-kept:]
+                newest = checkpoints(scratch)[-KEPT:]
                 for path in checkpoints(scratch):
                     if path not in newest and path not in map(best_up_to, newest):
                         shutil.rmtree(path)
@@ -391,8 +395,9 @@ def last_whole_checkpoint(scratch: Path) -> str | None:
 
 
 def best_up_to(checkpoint: Path) -> Path:
+    """The checkpoint with the best score so far; before the first evaluation, this one."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return checkpoint.with_name(f"checkpoint-{state['best_global_step']}")
+    return checkpoint.with_name(f"checkpoint-{state['best_global_step'] or state['global_step']}")
 
 
 def mixed(

@@ -20,8 +20,8 @@ TRIALS = {"kill": 8, "kill later": 6, "interrupt": 2, "disk full": 4}
 @pytest.fixture(scope="module")
 def repo(make_repo, small_bert):
     # Dropout, so that a run that goes on needs the random state of the one that was cut.
-    recipe = {"train.epochs": 20, "train.batch_size": 8, "train.evaluations": 8, "train.learning_rate": 0.001}
-    recipe |= {"train.dropout": "model"}
+    recipe = {"train.epochs": 20, "train.batch_size": 8, "train.learning_rate": 0.001, "train.dropout": "model"}
+    recipe |= {"train.evaluations": 3, "train.checkpoints": 8}
     repo = make_repo(**{"models.base": str(small_bert), "prepare.card": "own-files"} | recipe)
     repo.run("python", "stages/prepare.py")
     return repo

@@ -101,7 +101,7 @@ luck. Each query has one right passage, so that accuracy@k is also recall@k. Int
 three-letter sequences have a Jaccard similarity of {params.prepare.near_duplicate_similarity:g} or more.
 Licence: {card.licence}. Source: {card.citation}.
 
-**Training** {training_in_words(params)} {chosen_in_words(params, training)}
+**Training** {training_in_words(params)} {chosen_in_words(training)}
 
 {picture("training")}
 
@@ -253,15 +253,13 @@ def training_in_words(params: Params) -> str:
     )
 
 
-def chosen_in_words(params: Params, training: dict[int, dict[str, float]]) -> str:
+def chosen_in_words(training: dict[int, dict[str, float]]) -> str:
     """What the validation rows chose; `training` is metrics/train/ by seed."""
-    if not params.train.base_share:
-        return "The validation rows chose the checkpoint."
-    chosen = ", ".join(f"{own['base_share']:g} (seed {seed})" for seed, own in training.items())
-    return (
-        "The validation rows chose the checkpoint, and the base model's share of its weights, 0 or"
-        f" {params.train.base_share:g}: {chosen}."
+    chosen = "; ".join(
+        f"step {own['step']}, with {own['base_share']:g} of the base model's weights (seed {seed})"
+        for seed, own in training.items()
     )
+    return f"The validation rows chose {chosen}."
 
 
 def table(rows: list[list[Any]], headers: list[str]) -> str:
