@@ -251,7 +251,7 @@ def write_table() -> None:
     scores = read_scores()
     base = {name: own[0] for (name, recipe, _), own in scores.items() if recipe == BASE}
     rows, spreads = [], []
-    for recipe in [name for name in (START, LATE, *RECIPES) if any(other == name for _, other, _ in scores)]:
+    for recipe in [name for name in (*RECIPES, LATE) if any(other == name for _, other, _ in scores)]:
         row = [recipe, len({seed for _, other, seed in scores if other == recipe})]
         for name in base:
             own = [gains for (own_name, other, _), gains in scores.items() if (own_name, other) == (name, recipe)]
