@@ -38,7 +38,7 @@ repeat: $(BIN)/.installed  ## run all of the last commit anew in a clone, and co
 	if git diff --quiet -- dvc.lock metrics; then echo 'The same, byte for byte.'; else \
 	git diff --stat -- dvc.lock metrics; dvc metrics diff; echo 'Not the same.'; exit 1; fi
 
-bench: $(BIN)/.installed  ## this training beside the library's own trainer: speed, memory, gain (SEEDS="42 43 44"; an hour)
+bench: $(BIN)/.installed  ## this training beside the library's own trainer: speed, memory, gain (SEEDS="42 43 44"; one to two hours)
 	@pip install --quiet --requirement benchmarks/requirements.txt
 	@python benchmarks/bench.py --seeds $(SEEDS)
 
