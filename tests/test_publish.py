@@ -228,7 +228,7 @@ def test_no_model(repo, hub):
 
 def test_another_state_of_the_code_or_params(repo, hub):
     sent = len(hub.requests)
-    repo.set(**{"train.epochs": 2})
+    repo.set(**{"train.epochs": 7})
     repo.commit("params alone")
     message = refusal(run(repo, hub.url, token=WRITER))
     assert "not of this state: train.epochs: changed since train@42, final_eval.\n`dvc repro`" in message
