@@ -98,6 +98,13 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(file, run_trials
     assert trial["final"] == undisturbed["final"]
 
 
+def test_a_run_goes_on_from_a_checkpoint_before_its_first_evaluation(repo, run_trials, undisturbed):
+    repo.set(**{"train.evaluations": 1})
+    trial = run_trials("kill", len(undisturbed["operations"]) // 2)
+    repo.set(**{"train.evaluations": 3})
+    assert "going on from" in trial["log"]
+
+
 def test_a_model_is_trained_by_one_process_at_a_time(repo):
     (repo.folder / "models/scratch").mkdir(exist_ok=True)
     with FileLock(repo.folder / "models/scratch/seed-42.lock"):
