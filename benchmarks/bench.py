@@ -72,7 +72,7 @@ def main() -> None:
         # Before this process encodes the test rows, since a child counts its parent's peak memory as its own.
         speeds = {card: speed(clone, precision) for card, clone in clones.items()}
         for card, clone in clones.items():
-            written = f"<!-- Written by benchmarks/bench.py, seeds {arguments.seeds}, commit {commit()}. -->"
+            written = f"<!-- Written by benchmarks/bench.py, seeds {arguments.seeds}, commit {commit_of(clone)}. -->"
             text = "\n\n".join([written, describe(clone), speeds[card], recipes(clone, arguments.seeds)]) + "\n"
             (ROOT / f"benchmarks/{card}-{precision}.md").write_text(text)
             print(text)
@@ -85,8 +85,8 @@ def precision_here() -> str:
     return next((name for name, chosen in choose_precision("auto").items() if chosen), "fp32")
 
 
-def commit() -> str:
-    return subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+def commit_of(clone: Path) -> str:
+    return subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=clone, text=True).strip()
 
 
 def describe(clone: Path) -> str:
