@@ -1,10 +1,11 @@
 """Benchmark: this repo's training beside sentence-transformers' own trainer; same data, base model, machine and run.
 
-Usage   python benchmarks/bench.py [--seeds 42 43 44] [--data hpo-lay mondo]   (`make bench`; of the last commit)
-Writes  benchmarks/<data>-<precision>.md, the precision that `auto` takes here; what it trains is thrown away
+Usage   python benchmarks/bench.py [--seeds 42 43 44] [--data hpo-lay mondo] [--tables speed gain]
+        (`make bench`; of the last commit)
+Writes  benchmarks/{speed,gain}-<device>-<precision>.md, in the precision that `auto` takes here; models are thrown away
 
-Speed: pairs a second and peak memory of some steps, each setting in a process of its own, one change at a time.
-Recipe: the published one by the library's trainer, its columns as published (the passage is taken as the query) and
+speed: pairs a second and peak memory of some steps, each setting in a process of its own, one change at a time.
+gain: the published recipe by the library's trainer, its columns as published (the passage is taken as the query) and
 mended, and the default of params.yaml by stages/train.py. All are scored on the test rows as final_eval does it.
 """
 
@@ -29,28 +30,41 @@ from shared.params import read_params
 
 TRAIN = read_params().train
 PAIRS = 640  # of one speed measurement: twenty steps of the published recipe
+ROUNDS = 3  # of all speed measurements, one after the other, since a machine is not as fast at every minute
 # The order of the columns; the first is taken as the query. The published notebook has them swapped.
 SWAPPED = ["positive", "anchor"]
 MENDED = ["anchor", "positive"]
 
-# What each row of the speed table adds to the one before.
-STOCK = {"batch_size": 32, "chunks": False, "precision": "fp32", "dropout": "model", "keep_memory": False}
+# The published recipe. Its fp16 wants a GPU: elsewhere it is fp32.
+STOCK = {
+    "batch_size": 32,
+    "chunks": False,
+    "precision": "fp16",
+    "dropout": "model",
+    "keep_memory": False,
+    "plain_attention": False,
+}
 OURS = {
     "batch_size": TRAIN.batch_size,
     "chunks": True,
     "precision": "auto",
     "dropout": TRAIN.dropout,
     "keep_memory": True,
+    "plain_attention": True,
 }
+KEPT = {"precision": "auto", "keep_memory": True}
 SPEED = {
     "sentence-transformers' trainer, published recipe": STOCK,
+    "sentence-transformers' trainer, + bf16, freed memory kept": STOCK | KEPT,
     "+ chunks of like length": STOCK | {"chunks": True},
     "+ bf16": STOCK | {"chunks": True, "precision": "auto"},
-    "+ freed memory kept": STOCK | {"chunks": True, "precision": "auto", "keep_memory": True},
-    f"+ batch {TRAIN.batch_size}": OURS | {"dropout": "model"},
-    "+ no dropout: this repo's default": OURS,
+    "+ freed memory kept": STOCK | {"chunks": True} | KEPT,
+    f"+ batch {TRAIN.batch_size}": STOCK | {"chunks": True, "batch_size": TRAIN.batch_size} | KEPT,
+    "+ no dropout": OURS | {"plain_attention": False},
+    "+ torch's plain attention: this repo's default": OURS,
     "the default without bf16": OURS | {"precision": "fp32"},
-    "sentence-transformers' trainer, the default's params": OURS | {"chunks": False, "keep_memory": False},
+    "sentence-transformers' trainer, the default's params, freed memory kept": OURS
+    | {"chunks": False, "plain_attention": False},
 }
 
 
@@ -58,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--data", nargs="+", choices=CARDS, default=CARDS)
+    parser.add_argument("--tables", nargs="+", choices=("speed", "gain"), default=("speed", "gain"))
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -68,28 +83,39 @@ def main() -> None:
         clones = {card: Path(folder) / card for card in arguments.data}
         for card, clone in clones.items():
             prepare(clone, card, {"train.seeds": arguments.seeds})
-        precision = precision_here()
-        # Before this process encodes the test rows, since a child counts its parent's peak memory as its own.
-        speeds = {card: speed(clone, precision) for card, clone in clones.items()}
-        for card, clone in clones.items():
-            written = f"<!-- Written by benchmarks/bench.py, seeds {arguments.seeds}, commit {commit_of(clone)}. -->"
-            text = "\n\n".join([written, describe(clone), speeds[card], recipes(clone, arguments.seeds)]) + "\n"
-            (ROOT / f"benchmarks/{card}-{precision}.md").write_text(text)
+        device, precision = device_and_precision()
+        # Speed first: for the gain this process encodes texts, and a child counts its parent's peak memory as its own.
+        for name in [name for name in ("speed", "gain") if name in arguments.tables]:
+            sections = [describe(next(iter(clones.values())), arguments.seeds)]
+            for clone in clones.values():
+                table = speed(clone, precision) if name == "speed" else gain(clone, arguments.seeds)
+                sections += [describe_data(clone), table]
+            text = "\n\n".join(sections) + "\n"
+            (ROOT / f"benchmarks/{name}-{device}-{precision}.md").write_text(text)
             print(text)
 
 
-def precision_here() -> str:
-    """In what `train.precision: auto` trains here."""
+def device_and_precision() -> tuple[str, str]:
+    """Where, and in what `train.precision: auto`, training runs here."""
+    import torch
+
     from train import choose_precision
 
-    return next((name for name, chosen in choose_precision("auto").items() if chosen), "fp32")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return device.type, next((name for name, chosen in choose_precision("auto").items() if chosen), "fp32")
 
 
-def commit_of(clone: Path) -> str:
-    return subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=clone, text=True).strip()
+def describe(clone: Path, seeds: list[int]) -> str:
+    """What was measured, and on what."""
+    from shared import environment
+
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=clone, text=True).strip()
+    here = environment.describe()
+    machine = ", ".join(f"{name} {here[name]}" for name in ("device", "processor", "threads", "torch"))
+    return f"<!-- Written by benchmarks/bench.py: commit {commit}, seeds {seeds}, {machine}. -->"
 
 
-def describe(clone: Path) -> str:
+def describe_data(clone: Path) -> str:
     """Name and size of the data, with the tokens that its texts have."""
     from transformers import AutoTokenizer
 
@@ -108,29 +134,32 @@ def base_model() -> str:
 
 
 def speed(clone: Path, precision: str) -> str:
-    """The table of pairs a second and peak memory, as ratios to the first row."""
-    measured = {
-        name: run_one(clone, **setting, columns=MENDED, pairs=PAIRS, seed=42, learning_rate=2e-5, epochs=1, model=None)
-        for name, setting in SPEED.items()
-        if precision != "fp32" or "bf16" not in name
-    }
-    first = next(iter(measured.values()))
-    rows = [
-        [
-            name,
-            f"{one['pairs_a_second'] / first['pairs_a_second']:.2f}",
-            f"{one['memory'] / first['memory']:.2f}",
-            f"{one['pairs_a_second']:.0f}",
-            f"{one['memory'] / 1e9:.1f} GB",
-        ]
-        for name, one in measured.items()
-    ]
-    return tabulate(
-        rows, ["trained by", "speed", "peak memory", "pairs/s here", "here"], "github", disable_numparse=True
+    """The table of pairs a second and peak memory, as ratios to the first row; of the rounds' speeds the median."""
+    settings = {name: setting for name, setting in SPEED.items() if precision != "fp32" or "bf16" not in name}
+    fixed = {"columns": MENDED, "pairs": PAIRS, "seed": 42, "learning_rate": 2e-5, "epochs": 1, "model": None}
+    rounds = [{name: run_one(clone, **setting, **fixed) for name, setting in settings.items()} for _ in range(ROUNDS)]
+    speeds, memory = (
+        {name: np.array([own[name][measure] for own in rounds]) for name in settings}
+        for measure in ("pairs_a_second", "memory")
     )
+    first = next(iter(settings))
+    rows = []
+    for name in settings:
+        ratios = speeds[name] / speeds[first]
+        rows.append(
+            [
+                name,
+                f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})",
+                f"{memory[name].max() / memory[first].max():.2f}",
+                f"{np.median(speeds[name]):.0f}",
+                f"{memory[name].max() / 1e9:.1f} GB",
+            ]
+        )
+    headers = ["trained by", "speed", "peak memory", "pairs/s here", "here"]
+    return tabulate(rows, headers, "github", disable_numparse=True)
 
 
-def recipes(clone: Path, seeds: list[int]) -> str:
+def gain(clone: Path, seeds: list[int]) -> str:
     """The table of what each recipe gains on the test rows, and of its wall time as a ratio to the first row."""
     from shared import significance
     from shared.groups import group_ids
@@ -160,14 +189,14 @@ def recipes(clone: Path, seeds: list[int]) -> str:
         if name == "base":
             rows.append([name, f"{own.mean():.4f}", "", "", "", ""])
             continue
-        gain = own.mean() - base.mean()
+        over_base = own.mean() - base.mean()
         against = significance.compare(own, stock[: len(own)], groups)
         rows.append(
             [
                 name,
                 f"{own.mean():.4f}" + (f" (sd {own.mean(axis=1).std(ddof=1):.4f})" if len(own) > 1 else ""),
-                f"{gain:+.4f}",
-                f"{gain / (stock[: len(own)].mean() - base.mean()):.2f}",
+                f"{over_base:+.4f}",
+                f"{over_base / (stock[: len(own)].mean() - base.mean()):.2f}",
                 "" if name == published else f"{against.gain:+.4f} ({against.low:+.4f} to {against.high:+.4f})",
                 f"{np.mean(seconds[name]) / np.mean(seconds[published]):.2f}",
             ]
@@ -201,6 +230,7 @@ def train_one(
     precision: str,
     dropout: float | str,
     keep_memory: bool,
+    plain_attention: bool,
     batch_size: int,
     learning_rate: float,
     epochs: float,
@@ -208,7 +238,7 @@ def train_one(
     seed: int,
     model: str | None,
 ) -> dict[str, float]:
-    """The library's trainer with its own collator and loss, or with this repo's; nothing is evaluated in between."""
+    """By the library's trainer, with its own collator and loss or with this repo's; nothing is evaluated in between."""
     import torch
     from datasets import Dataset
     from sentence_transformers import (
@@ -217,6 +247,7 @@ def train_one(
         SentenceTransformerTrainingArguments,
     )
     from sentence_transformers.base.sampler import BatchSamplers
+    from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     from shared import by_length, encoders
@@ -227,6 +258,8 @@ def train_one(
     encoder = SentenceTransformer(base_model())
     set_dropout(encoder, dropout)
     rows = [{column: row[column] for column in columns} for row in rows_of(Path(clone), "train")]
+    if precision == "fp16" and not torch.cuda.is_available():
+        precision = "fp32"
     arguments = SentenceTransformerTrainingArguments(
         output_dir=f"{clone}/models/scratch/bench",
         num_train_epochs=epochs,
@@ -241,13 +274,15 @@ def train_one(
         seed=seed,
         disable_tqdm=False,
     )
-    trainer, loss = (
-        (by_length.ChunkedTrainer, by_length.ChunkedRankingLoss(encoder, autocast(arguments, encoder.device)))
-        if chunks
-        else (SentenceTransformerTrainer, MultipleNegativesRankingLoss(encoder))
-    )
-    data = Dataset.from_list(rows)
-    result = trainer(model=encoder, args=arguments, train_dataset=data, loss=loss).train()
+    if chunks:
+        loss = by_length.ChunkedRankingLoss(encoder, autocast(arguments, encoder.device))
+        collator = by_length.ChunkedCollator(encoder.preprocess)
+    else:
+        loss, collator = MultipleNegativesRankingLoss(encoder), SentenceTransformerDataCollator(encoder.preprocess)
+    trainer = by_length.ChunkedTrainer if plain_attention else SentenceTransformerTrainer
+    result = trainer(
+        model=encoder, args=arguments, train_dataset=Dataset.from_list(rows), loss=loss, data_collator=collator
+    ).train()
     if model:
         encoder.save_pretrained(model, create_model_card=False)
     seen = pairs or epochs * len(rows)

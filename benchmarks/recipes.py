@@ -1,4 +1,4 @@
-"""What each part of the recipe gives: train with one thing changed at a time, and compare on validation rows.
+"""What each part of the recipe gives: train with some of it changed, and compare on validation rows.
 
 Usage   python benchmarks/recipes.py [--seeds 42 43 44] [--data hpo-lay mondo] [--recipes NAME ...]   (`make recipes`)
 Writes  benchmarks/recipes.jsonl: each score, and what is there is not run again; benchmarks/recipes.md: the table
@@ -157,7 +157,7 @@ def train(clone: Path, name: str, seed: int) -> dict[str, list[float]]:
         model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
     schedule = get_scheduler(recipe.schedule, optimizer, int(np.ceil(recipe.warmup * steps)), steps)
-    late, taken = {}, 0
+    late, taken, done = {}, 0, 0
     progress = tqdm(total=steps, desc=f"{clone.name}, {name}, seed {seed}")
     model.train()
     for epoch in range(recipe.epochs):
@@ -174,7 +174,8 @@ def train(clone: Path, name: str, seed: int) -> dict[str, list[float]]:
             schedule.step()
             optimizer.zero_grad()
             progress.update()
-            if name == START and progress.n > 2 * steps / 3:
+            done += 1
+            if name == START and done > 2 * steps / 3:
                 taken += 1
                 late = mixed(late, weights_of(model), 1 / taken) if late else weights_of(model)
     progress.close()

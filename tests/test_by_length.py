@@ -68,6 +68,20 @@ def test_loss_and_gradients_are_the_librarys(model, seed, options, prompts):
     assert distance(our_gradients, gradients) < 10 * rounding
 
 
+def test_of_hard_negatives_and_prompts_that_the_pooling_leaves_out_too(model, monkeypatch):
+    monkeypatch.setattr(model[1], "include_prompt", False)
+    negatives = random_rows(1, 24)
+    rows = [own | {"negative": other["positive"]} for own, other in zip(random_rows(0, 24), negatives, strict=True)]
+    prompts = {"anchor": "acute heart of the skin: ", "positive": "bone: ", "negative": "bone: "}
+    theirs = SentenceTransformerDataCollator(model.preprocess, prompts=prompts)
+    loss, gradients, _ = loss_and_gradients(model, theirs, MultipleNegativesRankingLoss(model), rows)
+    ours = ChunkedCollator(model.preprocess, prompts=prompts, chunk_tokens=256)
+    our_loss, our_gradients, _ = loss_and_gradients(model, ours, ChunkedRankingLoss(model, nullcontext()), rows)
+    rounding = 1e-12 if next(model.parameters()).dtype == torch.float64 else 1e-6
+    assert our_loss == pytest.approx(loss, rel=rounding)
+    assert distance(our_gradients, gradients) < 10 * rounding
+
+
 def test_in_bf16_gradients_are_off_by_less_than_one_rounding(small_bert):
     model = SentenceTransformer(str(small_bert), device="cpu").train()
     set_dropout(model, 0.0)
