@@ -117,6 +117,7 @@ def main() -> None:
     arguments = dataclasses.replace(
         arguments, output_dir=str(scratch), metric_for_best_model=f"eval_{score_name}", prompts=prompts(model)
     )
+    is_cosine = model.similarity_fn_name == "cosine"
     trainer = by_length.ChunkedTrainer(
         model=model,
         args=arguments,
@@ -124,9 +125,11 @@ def main() -> None:
         loss=by_length.ChunkedRankingLoss(
             model,
             precision,
-            # The loss compares texts as retrieval will; the scale is for cosines, which lie in -1 to 1.
-            scale=params.train.scale if model.similarity_fn_name == "cosine" else 1.0,
+            # The loss compares texts as retrieval will; scale and hardness are for cosines, which lie in -1 to 1.
+            scale=params.train.scale if is_cosine else 1.0,
             similarity_fct=model.similarity,
+            hardness_mode="in_batch_negatives",
+            hardness_strength=params.train.hardness if is_cosine else params.train.hardness / params.train.scale,
             gather_across_devices=processes > 1,
             **SYMMETRIC if params.train.symmetric else {},
         ),

@@ -12,6 +12,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from shared.by_length import ChunkedCollator, ChunkedRankingLoss, split
 from train import SYMMETRIC, set_dropout
 
+HARDNESS = SYMMETRIC | {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0}
 WORDS = ["fever", "heart", "liver", "of", "the", "acute", "upper", "tooth", "absent", "skin", "bone", "weakness"]
 
 
@@ -52,7 +53,7 @@ def model(request, small_bert):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("options", [{}, SYMMETRIC], ids=["one way", "symmetric"])
+@pytest.mark.parametrize("options", [{}, SYMMETRIC, HARDNESS], ids=["one way", "symmetric", "hardness"])
 @pytest.mark.parametrize("prompts", [{}, {"anchor": "query: ", "positive": "passage: "}], ids=["", "prompts"])
 def test_loss_and_gradients_are_the_librarys(model, seed, options, prompts):
     rows = random_rows(seed, 48)

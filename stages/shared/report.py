@@ -244,7 +244,8 @@ def training_in_words(params: Params) -> str:
     arguments = "".join(f", {name} {value}" for name, value in train.arguments.items())
     processes = f" over {train.processes} processes" if train.processes > 1 else ""
     seeds = ("seed " if len(train.seeds) == 1 else "seeds ") + ", ".join(map(str, train.seeds))
-    loss = f"{'symmetric ' if train.symmetric else ''}MultipleNegativesRankingLoss, scale {train.scale:g}"
+    hardness = f", hardness {train.hardness:g}" if train.hardness else ""
+    loss = f"{'symmetric ' if train.symmetric else ''}MultipleNegativesRankingLoss, scale {train.scale:g}{hardness}"
     dropout = "the model's own" if train.dropout == "model" else f"{train.dropout:g}"
     steps = f"warm-up {train.warmup:g}, dropout {dropout}, precision {train.precision}"
     return (
