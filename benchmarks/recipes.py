@@ -66,6 +66,7 @@ class Recipe:
 
 START = "to start from: 3 epochs at 1.5e-4, batch 128, symmetric"
 FOUR_DIRECTIONS = {"directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")}
+HARDNESS = SYMMETRIC | {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0}
 RECIPES = {
     START: Recipe(),
     "published": Recipe(2e-5, 1, 32, dropout="model", loss={}, columns=("positive", "anchor")),
@@ -77,8 +78,11 @@ RECIPES = {
     "learning_rate: 4e-4": Recipe(learning_rate=4e-4),
     "epochs: 2": Recipe(epochs=2),
     "epochs: 2, learning_rate: 2e-4": Recipe(epochs=2, learning_rate=2e-4),
-    "epochs: 2, learning_rate: 2.5e-4": Recipe(epochs=2, learning_rate=2.5e-4),
-    "epochs: 2, batch_size: 64": Recipe(epochs=2, batch_size=64),
+    "epochs: 2, hardness: 5": Recipe(epochs=2, loss=HARDNESS),
+    "epochs: 2, hardness: 5, learning_rate: 2e-4": Recipe(epochs=2, loss=HARDNESS, learning_rate=2e-4),
+    "epochs: 2, hardness: 9, learning_rate: 2e-4": Recipe(
+        epochs=2, loss=HARDNESS | {"hardness_strength": 9.0}, learning_rate=2e-4
+    ),
     "epochs: 5": Recipe(epochs=5),
     "batch_size: 64": Recipe(batch_size=64),
     "batch_size: 256": Recipe(batch_size=256),
@@ -88,9 +92,7 @@ RECIPES = {
     "passages nearer than the right one no negatives (as GIST)": Recipe(mask="gist"),
     "a hard negative each, by the base model": Recipe(negatives="dense"),
     "a hard negative each, by BM25": Recipe(negatives="bm25"),
-    "harder negatives weigh more": Recipe(
-        loss=SYMMETRIC | {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0}
-    ),
+    "hardness: 5": Recipe(loss=HARDNESS),
     "Matryoshka (384, 192, 96)": Recipe(matryoshka=True),
     "weight decay 0.1": Recipe(weight_decay=0.1),
     "cosine schedule": Recipe(schedule="cosine"),
