@@ -52,11 +52,7 @@ def model(request, small_bert):
     return model.train()
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("options", [{}, SYMMETRIC, HARDNESS], ids=["one way", "symmetric", "hardness"])
-@pytest.mark.parametrize("prompts", [{}, {"anchor": "query: ", "positive": "passage: "}], ids=["", "prompts"])
-def test_loss_and_gradients_are_the_librarys(model, seed, options, prompts):
-    rows = random_rows(seed, 48)
+def check_same_as_the_librarys(model, rows, prompts, options):
     theirs = SentenceTransformerDataCollator(model.preprocess, prompts=prompts)
     loss, gradients, _ = loss_and_gradients(model, theirs, MultipleNegativesRankingLoss(model, **options), rows)
     ours = ChunkedCollator(model.preprocess, prompts=prompts, chunk_tokens=256)
@@ -69,18 +65,19 @@ def test_loss_and_gradients_are_the_librarys(model, seed, options, prompts):
     assert distance(our_gradients, gradients) < 10 * rounding
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("options", [{}, SYMMETRIC, HARDNESS], ids=["one way", "symmetric", "hardness"])
+@pytest.mark.parametrize("prompts", [{}, {"anchor": "query: ", "positive": "passage: "}], ids=["", "prompts"])
+def test_loss_and_gradients_are_the_librarys(model, seed, options, prompts):
+    check_same_as_the_librarys(model, random_rows(seed, 48), prompts, options)
+
+
 def test_of_hard_negatives_and_prompts_that_the_pooling_leaves_out_too(model, monkeypatch):
     monkeypatch.setattr(model[1], "include_prompt", False)
     negatives = random_rows(1, 24)
     rows = [own | {"negative": other["positive"]} for own, other in zip(random_rows(0, 24), negatives, strict=True)]
     prompts = {"anchor": "acute heart of the skin: ", "positive": "bone: ", "negative": "bone: "}
-    theirs = SentenceTransformerDataCollator(model.preprocess, prompts=prompts)
-    loss, gradients, _ = loss_and_gradients(model, theirs, MultipleNegativesRankingLoss(model), rows)
-    ours = ChunkedCollator(model.preprocess, prompts=prompts, chunk_tokens=256)
-    our_loss, our_gradients, _ = loss_and_gradients(model, ours, ChunkedRankingLoss(model, nullcontext()), rows)
-    rounding = 1e-12 if next(model.parameters()).dtype == torch.float64 else 1e-6
-    assert our_loss == pytest.approx(loss, rel=rounding)
-    assert distance(our_gradients, gradients) < 10 * rounding
+    check_same_as_the_librarys(model, rows, prompts, {})
 
 
 def test_in_bf16_gradients_are_off_by_less_than_one_rounding(small_bert):
