@@ -9,9 +9,14 @@ import numpy as np
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[1]
+# Names → definitions of at least ten words, at most so many of them: ontology, rows, title, citation.
+MIN_WORDS = 10
+ONTOLOGIES = {
+    "mondo": ("MONDO", 2_000, "MONDO disease names → definitions", "Vasilevsky et al. (2022), Mondo"),
+    "uberon": ("UBERON", 5_000, "Uberon anatomy names → definitions", "Mungall et al. (2012), Uberon"),
+}
 # Where the base model finds less and where it finds more; short passages and long ones.
-CARDS = ["hpo-lay", "mondo"]
-MIN_WORDS, ROWS = 10, 2_000  # of the MONDO definitions: 60 tokens on average, 200 at the 99th percentile
+CARDS = ["hpo-lay", *ONTOLOGIES]
 
 
 def prepare(clone: Path, card: str, changes: dict[str, object]) -> None:
@@ -20,8 +25,8 @@ def prepare(clone: Path, card: str, changes: dict[str, object]) -> None:
     if subprocess.check_output(["git", "status", "--porcelain", "--", *measured], cwd=ROOT):
         sys.exit(f"{', '.join(measured)} are not those of the last commit, which is measured; commit them first")
     subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-    if card == "mondo":
-        write_mondo(clone)
+    if card in ONTOLOGIES:
+        write_definitions(clone, card)
     yaml, path = YAML(), clone / "params.yaml"
     params = yaml.load(path)
     for name, value in {"prepare.card": card, **changes}.items():
@@ -31,26 +36,27 @@ def prepare(clone: Path, card: str, changes: dict[str, object]) -> None:
     subprocess.run([sys.executable, "stages/prepare.py"], cwd=clone, check=True)
 
 
-def write_mondo(clone: Path) -> None:
-    """Disease names → definitions of some length, as a data card and its file."""
+def write_definitions(clone: Path, card: str) -> None:
+    """Names of an ontology's terms → their definitions, as a data card and its file."""
     import cellxgene_ontology_guide
     import zstandard
 
+    ontology, rows, title, citation = ONTOLOGIES[card]
     folder = Path(cellxgene_ontology_guide.__file__).parent / "data"
-    newest = max(folder.glob("MONDO-ontology-*.json.zst"))
+    newest = max(folder.glob(f"{ontology}-ontology-*.json.zst"))
     terms = json.loads(zstandard.ZstdDecompressor().stream_reader(newest.read_bytes()).read())
     pairs = [
         {"name": term["label"], "definition": term["description"]}
         for _, term in sorted(terms.items())
         if not term.get("deprecated") and len(term.get("description", "").split()) >= MIN_WORDS
     ]
-    chosen = np.random.default_rng(0).permutation(len(pairs))[:ROWS]
-    with (clone / "data/raw/mondo.jsonl").open("w") as file:
+    chosen = np.random.default_rng(0).permutation(len(pairs))[:rows]
+    with (clone / f"data/raw/{card}.jsonl").open("w") as file:
         file.writelines(json.dumps(pairs[place]) + "\n" for place in sorted(chosen))
-    (clone / "data/cards/mondo.yaml").write_text(
-        "title: MONDO disease names → definitions\nsource: files\npath: data/raw/mondo.jsonl\n"
+    (clone / f"data/cards/{card}.yaml").write_text(
+        f"title: {title}\nsource: files\npath: data/raw/{card}.jsonl\n"
         "columns: {anchor: name, positive: definition}\n"
-        "licence: CC BY 4.0\ncitation: Vasilevsky et al. (2022), Mondo\n"
+        f"licence: CC BY 4.0\ncitation: {citation}\n"
     )
 
 

@@ -1,16 +1,19 @@
-"""What each part of the recipe gives: train with some of it changed, and compare on validation rows.
+"""What each part of the recipe gives: train with one thing changed, and compare on validation rows.
 
-Usage   python benchmarks/recipes.py [--seeds 42 43 44] [--data hpo-lay mondo] [--recipes NAME ...]   (`make recipes`)
-Writes  benchmarks/recipes.jsonl: each score, and what is there is not run again; benchmarks/recipes.md: the table
+Usage   python benchmarks/recipes.py [--base MODEL] [--seeds 42 43 44] [--data hpo-lay mondo uberon]
+        [--recipes NAME ...]   (`make recipes`)
+Writes  benchmarks/recipes.jsonl: each score, and what is there is not run again; benchmarks/recipes.md: the tables
 
-A loop of its own around the pipeline's batches and loss, since most of what is tried here is not in the pipeline; on a
-CPU, and for a base model without prompts, such as the default. Delete recipes.jsonl to begin anew.
+A loop of its own around the pipeline's batches and loss, since most of what is tried here is not in the pipeline; for
+base models without prompts. Delete recipes.jsonl to begin anew.
 """
 
 import argparse
 import copy
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,11 +22,12 @@ from typing import Any
 import data
 import numpy as np
 import torch
-from accelerate.utils import convert_outputs_to_fp32
+from accelerate.utils import convert_outputs_to_fp32, send_to_device
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, mine_hard_negatives
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from sentence_transformers.util import cos_sim
 from tabulate import tabulate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -32,10 +36,9 @@ from transformers import get_scheduler
 sys.path.insert(0, str(data.ROOT / "stages"))
 from shared import encoders, retrieval
 from shared.by_length import ChunkedCollator, ChunkedRankingLoss
-from shared.environment import processor_has_bf16
 from shared.params import read_params
 from shared.sources import model_folder
-from train import SYMMETRIC, mixed, set_dropout
+from train import SYMMETRIC, choose_precision, mixed, set_dropout
 
 SCORES = data.ROOT / "benchmarks/recipes.jsonl"
 TABLE = data.ROOT / "benchmarks/recipes.md"
@@ -47,53 +50,58 @@ PARAMS = read_params()
 
 @dataclass(frozen=True)
 class Recipe:
-    """Params of params.yaml, and what was tried beside them; without changes, the recipe to start from."""
+    """Params of params.yaml, and what was tried beside them; without changes, the default."""
 
     learning_rate: float = 1.5e-4
-    epochs: int = 3
+    epochs: int = 2
     batch_size: int = 128
+    hardness: float = 5.0
     warmup: float = 0.1
     dropout: float | str = 0.0
     scale: float = 20.0
-    loss: dict[str, Any] = field(default_factory=lambda: SYMMETRIC)
+    directions: dict[str, Any] = field(default_factory=lambda: SYMMETRIC)
     weight_decay: float = 0.0
     schedule: str = "linear"
     mask: str = ""  # which in-batch negatives are left out, by the base model's similarities
+    alike: int = 0  # rows of a batch that lie near each other, by the base model
     negatives: str = ""  # by what one hard negative for each pair is found
     matryoshka: bool = False
+    frozen_words: bool = False
     columns: tuple[str, str] = ("anchor", "positive")
 
 
-START = "to start from: 3 epochs at 1.5e-4, batch 128, symmetric"
-FOUR_DIRECTIONS = {"directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")}
-HARDNESS = SYMMETRIC | {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0}
+DEFAULT = "the default"
+GTE = {"directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")}
 RECIPES = {
-    START: Recipe(),
-    "published": Recipe(2e-5, 1, 32, dropout="model", loss={}, columns=("positive", "anchor")),
-    "symmetric: false": Recipe(loss={}),
-    "all four directions (GTE's loss)": Recipe(loss=FOUR_DIRECTIONS),
-    "dropout: model": Recipe(dropout="model"),
+    DEFAULT: Recipe(),
+    "published": Recipe(2e-5, 1, 32, 0.0, dropout="model", directions={}, columns=("positive", "anchor")),
+    "hardness: 0": Recipe(hardness=0.0),
+    "hardness: 9": Recipe(hardness=9.0),
+    "learning_rate: 5e-5": Recipe(learning_rate=5e-5),
     "learning_rate: 1e-4": Recipe(learning_rate=1e-4),
     "learning_rate: 2e-4": Recipe(learning_rate=2e-4),
-    "learning_rate: 4e-4": Recipe(learning_rate=4e-4),
-    "epochs: 2": Recipe(epochs=2),
-    "epochs: 2, learning_rate: 2e-4": Recipe(epochs=2, learning_rate=2e-4),
-    "epochs: 2, hardness: 5": Recipe(epochs=2, loss=HARDNESS),
-    "epochs: 2, hardness: 5, learning_rate: 2e-4": Recipe(epochs=2, loss=HARDNESS, learning_rate=2e-4),
-    "epochs: 2, hardness: 9, learning_rate: 2e-4": Recipe(
-        epochs=2, loss=HARDNESS | {"hardness_strength": 9.0}, learning_rate=2e-4
-    ),
+    "learning_rate: 3e-4": Recipe(learning_rate=3e-4),
+    "epochs: 1": Recipe(epochs=1),
+    "epochs: 3": Recipe(epochs=3),
+    "epochs: 3, learning_rate: 1e-4": Recipe(epochs=3, learning_rate=1e-4),
     "epochs: 5": Recipe(epochs=5),
     "batch_size: 64": Recipe(batch_size=64),
+    "batch_size: 64, learning_rate: 1e-4": Recipe(batch_size=64, learning_rate=1e-4),
     "batch_size: 256": Recipe(batch_size=256),
+    "batch_size: 256, learning_rate: 2e-4": Recipe(batch_size=256, learning_rate=2e-4),
     "scale: 10": Recipe(scale=10.0),
     "scale: 40": Recipe(scale=40.0),
-    "near-duplicates of the passage no negatives": Recipe(mask="near-duplicates"),
-    "passages nearer than the right one no negatives (as GIST)": Recipe(mask="gist"),
+    "symmetric: false": Recipe(directions={}),
+    "all four directions (GTE's loss)": Recipe(directions=GTE),
+    "dropout: model": Recipe(dropout="model"),
     "a hard negative each, by the base model": Recipe(negatives="dense"),
     "a hard negative each, by BM25": Recipe(negatives="bm25"),
-    "hardness: 5": Recipe(loss=HARDNESS),
-    "Matryoshka (384, 192, 96)": Recipe(matryoshka=True),
+    "near-duplicates of the passage no negatives": Recipe(mask="near-duplicates"),
+    "passages nearer than the right one no negatives (as GIST)": Recipe(mask="gist"),
+    "batches of eight times 16 that are alike, near-duplicates no negatives": Recipe(mask="near-duplicates", alike=16),
+    "batches of 128 that are alike, near-duplicates no negatives": Recipe(mask="near-duplicates", alike=128),
+    "word embeddings frozen": Recipe(frozen_words=True),
+    "Matryoshka (all, 1/2, 1/4 of the dimensions)": Recipe(matryoshka=True),
     "weight decay 0.1": Recipe(weight_decay=0.1),
     "cosine schedule": Recipe(schedule="cosine"),
 }
@@ -104,54 +112,68 @@ BASE_SHARES = (0.0, 0.2, 0.4)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", default=PARAMS.models.base)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--data", nargs="+", choices=data.CARDS, default=data.CARDS)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     arguments = parser.parse_args()
+    base = Path(arguments.base).name
     with TemporaryDirectory() as folder:
         for name in arguments.data:
             data.prepare(Path(folder) / name, name, VALIDATION)
-        for recipe in dict.fromkeys([START, *arguments.recipes]):  # to which the others are changes
+        for recipe in dict.fromkeys([DEFAULT, *arguments.recipes]):  # to which the others are changes
             for seed in arguments.seeds:
                 for name in arguments.data:
-                    if (name, recipe, seed) not in read_scores():
-                        scores = train(Path(folder) / name, recipe, seed)
-                        lines = [json.dumps([name, own, seed, by_share]) for own, by_share in scores.items()]
+                    if (base, name, recipe, seed) not in read_scores():
+                        scores = train(Path(folder) / name, arguments.base, recipe, seed)
+                        lines = [json.dumps([base, name, own, seed, by_share]) for own, by_share in scores.items()]
                         print(*lines, sep="\n", flush=True)
                         with SCORES.open("a") as file:
                             file.write("\n".join(lines) + "\n")
-                        write_table()
+                        write_tables()
     print(TABLE.read_text())
 
 
-def read_scores() -> dict[tuple[str, str, int], list[float]]:
-    """NDCG@10 on validation rows by data, recipe and seed."""
+def read_scores() -> dict[tuple[str, str, str, int], list[float]]:
+    """NDCG@10 on validation rows by base model, data, recipe and seed."""
     lines = SCORES.read_text().splitlines() if SCORES.exists() else []
-    return {(name, recipe, seed): score for name, recipe, seed, score in map(json.loads, lines)}
+    return {(base, name, recipe, seed): score for base, name, recipe, seed, score in map(json.loads, lines)}
 
 
-def train(clone: Path, name: str, seed: int) -> dict[str, list[float]]:
-    """NDCG@10 on validation rows of the trained model; for START, also of the base model and of averages."""
+def train(clone: Path, base_model: str, name: str, seed: int) -> dict[str, list[float]]:
+    """NDCG@10 on validation rows of the trained model; for DEFAULT, also of the base model and of averages."""
     recipe = RECIPES[name]
     corpus = {row["id"]: row["text"] for row in data.rows_of(clone, "corpus")}
     evaluator = retrieval.make_evaluator(
-        data.rows_of(clone, "validation"), corpus, 64, "validation", keep_rankings=False
+        data.rows_of(clone, "validation"), corpus, 256, "validation", keep_rankings=False
     )
-    model = encoders.load_encoder(model_folder(PARAMS.models.base, "base"), PARAMS.models.base)
+    model = encoders.load_encoder(model_folder(base_model, "base"), base_model)
     model.max_seq_length = TOKENS
-    precision = torch.autocast(model.device.type, torch.bfloat16, enabled=processor_has_bf16())
+    precision = torch.autocast(model.device.type, torch.bfloat16, enabled=choose_precision("auto")["bf16"])
     evaluator.embed_inputs = convert_outputs_to_fp32(precision(evaluator.embed_inputs))
     rows = Dataset.from_list(data.rows_of(clone, "train")).select_columns(list(recipe.columns))
     if recipe.negatives:
         rows = with_hard_negatives(rows, model, recipe.negatives)
     base = weights_of(model)
-    scores = {BASE: [score(model, evaluator)]} if name == START else {}
+    scores = {BASE: [score(model, evaluator)]} if name == DEFAULT else {}
     guide = {column: encode(model, rows[column], precision) for column in ("anchor", "positive")} if recipe.mask else {}
 
     torch.manual_seed(seed)
     set_dropout(model, recipe.dropout)
-    loss = MaskedLoss(model, precision, scale=recipe.scale, **recipe.loss)
-    step_loss = MatryoshkaLoss(model, loss, [384, 192, 96]) if recipe.matryoshka else loss
+    similarity = MaskedSimilarity()
+    loss = ChunkedRankingLoss(
+        model,
+        precision,
+        scale=recipe.scale,
+        similarity_fct=similarity,
+        hardness_mode="in_batch_negatives",
+        hardness_strength=recipe.hardness,
+        **recipe.directions,
+    )
+    sizes = [model.get_embedding_dimension() // part for part in (1, 2, 4)]
+    step_loss = MatryoshkaLoss(model, loss, sizes) if recipe.matryoshka else loss
+    if recipe.frozen_words:
+        model[0].auto_model.get_input_embeddings().requires_grad_(False)
     collate = ChunkedCollator(model.preprocess)
     sampler = NoDuplicatesBatchSampler(rows, recipe.batch_size, False, generator=torch.Generator(), seed=seed)
     steps = recipe.epochs * len(sampler)
@@ -164,11 +186,14 @@ def train(clone: Path, name: str, seed: int) -> dict[str, list[float]]:
     model.train()
     for epoch in range(recipe.epochs):
         sampler.set_epoch(epoch)
-        for places in sampler:
-            chunks, labels = SentenceTransformerTrainer.collect_features(None, collate([rows[one] for one in places]))
+        dice = np.random.default_rng([seed, epoch])
+        batches = alike_batches(guide["positive"].cpu().numpy(), recipe, dice) if recipe.alike else sampler
+        for places in batches:
+            batch = send_to_device(collate([rows[one] for one in places]), model.device)
+            chunks, labels = SentenceTransformerTrainer.collect_features(None, batch)
             if recipe.mask:
-                loss.left_out = left_out(recipe.mask, guide["anchor"][places], guide["positive"][places])
-            with sdpa_kernel(SDPBackend.MATH):  # as ChunkedTrainer
+                similarity.left_out = left_out(recipe.mask, guide["anchor"][places], guide["positive"][places])
+            with sdpa_kernel(SDPBackend.MATH) if model.device.type == "cpu" else nullcontext():  # as ChunkedTrainer
                 value = step_loss(chunks, labels)
                 value.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -177,7 +202,7 @@ def train(clone: Path, name: str, seed: int) -> dict[str, list[float]]:
             optimizer.zero_grad()
             progress.update()
             done += 1
-            if name == START and done > 2 * steps / 3:
+            if name == DEFAULT and done > 2 * steps / 3:
                 taken += 1
                 late = mixed(late, weights_of(model), 1 / taken) if late else weights_of(model)
     progress.close()
@@ -190,19 +215,14 @@ def train(clone: Path, name: str, seed: int) -> dict[str, list[float]]:
     return {own: one for own, one in scores.items() if one}
 
 
-class MaskedLoss(ChunkedRankingLoss):
-    """`left_out`: which passages of the batch are no negatives of which query, a boolean (rows, rows)."""
+class MaskedSimilarity:
+    """Cosine; minus infinity where `left_out` (rows, rows): passages of the batch that are no negatives of a query."""
 
     left_out: torch.Tensor | None = None
 
-    def compute_loss_from_embeddings(self, embeddings: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        if self.left_out is None:
-            return super().compute_loss_from_embeddings(embeddings, labels)
-        similarity = self.scale * self.similarity_fct(*embeddings)
-        similarity = similarity.masked_fill(self.left_out, -torch.inf)
-        target = torch.arange(len(similarity))
-        one_way, other_way = (torch.nn.functional.cross_entropy(own, target) for own in (similarity, similarity.T))
-        return (one_way + other_way) / 2
+    def __call__(self, queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
+        similarity = cos_sim(queries, passages)
+        return similarity if self.left_out is None else similarity.masked_fill(self.left_out, -torch.inf)
 
 
 def left_out(mask: str, queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
@@ -212,6 +232,22 @@ def left_out(mask: str, queries: torch.Tensor, passages: torch.Tensor) -> torch.
     else:
         result = passages @ passages.T > 0.9
     return result.fill_diagonal_(False)
+
+
+def alike_batches(passages: np.ndarray, recipe: Recipe, dice: np.random.Generator) -> Iterator[list[int]]:
+    """Batches of groups of rows whose passages, (rows, dimensions), are near each other: they are hard negatives."""
+
+    def halved(rows: np.ndarray) -> list[np.ndarray]:
+        if len(rows) <= recipe.alike:
+            return [rows]
+        one, other = passages[dice.choice(rows, 2, replace=False)]
+        in_order = rows[np.argsort(passages[rows] @ (one - other))]
+        return [group for half in np.array_split(in_order, 2) for group in halved(half)]
+
+    groups = halved(np.arange(len(passages)))
+    rows = np.concatenate([groups[place] for place in dice.permutation(len(groups))])
+    for batch in np.array_split(rows, range(recipe.batch_size, len(rows), recipe.batch_size)):
+        yield batch.tolist()
 
 
 def with_hard_negatives(rows: Dataset, model: SentenceTransformer, by: str) -> Dataset:
@@ -249,31 +285,37 @@ def weights_of(model: SentenceTransformer) -> dict[str, torch.Tensor]:
     return copy.deepcopy(model.state_dict())
 
 
-def write_table() -> None:
+def write_tables() -> None:
     """Of each recipe the mean gain over the base model, by data and by the share of the base mixed into it."""
     scores = read_scores()
-    base = {name: own[0] for (name, recipe, _), own in scores.items() if recipe == BASE}
+    sections = [
+        "<!-- Written by `make recipes`. -->",
+        f"Gain in NDCG@10 on validation rows over the base model, with 0 to {BASE_SHARES[-1]:g} of the base model's"
+        f" weights mixed into the trained ones. Texts are cut to {TOKENS} tokens.",
+    ]
+    for base in dict.fromkeys(base for base, *_ in scores):
+        sections += table({tuple(key): own for (own_base, *key), own in scores.items() if own_base == base}, base)
+    TABLE.write_text("\n\n".join(sections) + "\n")
+
+
+def table(scores: dict[tuple[str, str, int], list[float]], base: str) -> list[str]:
+    before = {name: own[0] for (name, recipe, _), own in scores.items() if recipe == BASE}
     rows, spreads = [], []
     for recipe in [name for name in (*RECIPES, LATE) if any(other == name for _, other, _ in scores)]:
         row = [recipe, len({seed for _, other, seed in scores if other == recipe})]
-        for name in base:
+        for name in before:
             own = [gains for (own_name, other, _), gains in scores.items() if (own_name, other) == (name, recipe)]
-            gains = np.array(own).reshape(-1, len(BASE_SHARES)) - base[name]  # seeds x shares
+            gains = np.array(own).reshape(-1, len(BASE_SHARES)) - before[name]  # seeds x shares
             row += [f"{gain:+.4f}" for gain in gains.mean(axis=0)] if own else [""] * len(BASE_SHARES)
             spreads += list(gains.std(axis=0, ddof=1)) if len(own) > 1 else []
         rows.append(row)
-    headers = ["recipe", "seeds", *(f"{name}, {share:g}" for name in base for share in BASE_SHARES)]
-    bases = ", ".join(f"{name} {own:.4f}" for name, own in base.items())
+    headers = ["recipe", "seeds", *(f"{name}, {share:g}" for name in before for share in BASE_SHARES)]
+    bases = ", ".join(f"{name} {own:.4f}" for name, own in before.items())
     spread = f"{np.mean(spreads):.4f} on average, {np.max(spreads):.4f} at most" if spreads else "unknown"
-    TABLE.write_text(
-        f"""<!-- Written by `make recipes`. -->
-
-Gain in NDCG@10 on validation rows over the base model ({bases}), with 0 to {BASE_SHARES[-1]:g} of the base model's \
-weights mixed into the trained ones. Texts are cut to {TOKENS} tokens. Standard deviation over the seeds: {spread}.
-
-{tabulate(rows, headers, "github", disable_numparse=True)}
-"""
-    )
+    return [
+        f"**{base}**, before training: {bases}. Standard deviation over the seeds: {spread}.",
+        tabulate(rows, headers, "github", disable_numparse=True),
+    ]
 
 
 if __name__ == "__main__":
