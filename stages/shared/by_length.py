@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import embedding
 
 # Tokens of a chunk, padding included. On two cores 256 to 2,048 differ by less than the noise: smaller ones pad less,
 # larger ones fill the processor better. A GPU needs more to be filled.
@@ -83,17 +84,26 @@ class ChunkedRankingLoss(MultipleNegativesRankingLoss):
 
     def forward(self, sentence_features: list[dict[str, Any]], labels: torch.Tensor) -> torch.Tensor:
         # One `precision` (autocast) around all chunks, so that each weight is rounded once a batch.
-        with self.precision:
+        with self.precision, words_looked_up_once(extract_model_from_parallel(self.model), sentence_features):
             encoded = [self.model(chunk)["sentence_embedding"] for chunk in sentence_features]
         return self.compute_loss_from_embeddings(list(torch.cat(encoded)[labels]), labels)
+
+
+def words_looked_up_once(model: SentenceTransformer, chunks: list[dict[str, Any]]) -> AbstractContextManager:
+    """The context in which the model takes the chunks' word vectors from those of the whole batch.
+
+    Each lookup's gradient is as large as the vocabulary. One a chunk, and not one a batch, made a step of MiniLM on two
+    cores 3 (fp32) to 14% (bf16) longer.
+    """
+    if model.transformers_model is None:
+        return nullcontext()
+    table = model.transformers_model.get_input_embeddings()
+    used = torch.cat([chunk["input_ids"].flatten() for chunk in chunks]).unique()
+    words = table(used)
+    return table.register_forward_hook(lambda _, ids, __: embedding(torch.searchsorted(used, *ids), words))
 
 
 class ChunkedTrainer(SentenceTransformerTrainer):
     """The library's trainer for `ChunkedRankingLoss`."""
 
     data_collator_class = ChunkedCollator
-
-    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
-        # On a CPU, torch's fused attention goes backward on short texts several times slower than its plain one.
-        with sdpa_kernel(SDPBackend.MATH) if self.model.device.type == "cpu" else nullcontext():
-            return super().training_step(*arguments, **options)
