@@ -301,14 +301,15 @@ def table(scores: dict[tuple[str, str, int], list[float]], base: str) -> list[st
     before = {name: own[0] for (name, recipe, _), own in scores.items() if recipe == BASE}
     rows, spreads = [], []
     for recipe in [name for name in (*RECIPES, LATE) if any(other == name for _, other, _ in scores)]:
-        row = [recipe, len({seed for _, other, seed in scores if other == recipe})]
+        seeds, cells = [], []
         for name in before:
             own = [gains for (own_name, other, _), gains in scores.items() if (own_name, other) == (name, recipe)]
             gains = np.array(own).reshape(-1, len(BASE_SHARES)) - before[name]  # seeds x shares
-            row += [f"{gain:+.4f}" for gain in gains.mean(axis=0)] if own else [""] * len(BASE_SHARES)
+            seeds.append(str(len(own)))
+            cells += [f"{gain:+.4f}" for gain in gains.mean(axis=0)] if own else [""] * len(BASE_SHARES)
             spreads += list(gains.std(axis=0, ddof=1)) if len(own) > 1 else []
-        rows.append(row)
-    headers = ["recipe", "seeds", *(f"{name}, {share:g}" for name in before for share in BASE_SHARES)]
+        rows.append([recipe, ", ".join(seeds), *cells])
+    headers = ["recipe", "seeds by data", *(f"{name}, {share:g}" for name in before for share in BASE_SHARES)]
     bases = ", ".join(f"{name} {own:.4f}" for name, own in before.items())
     spread = f"{np.mean(spreads):.4f} on average, {np.max(spreads):.4f} at most" if spreads else "unknown"
     return [
