@@ -280,8 +280,7 @@ def train_one(
     if keep_memory:
         encoders.keep_freed_memory()
     encoder = SentenceTransformer(base_model(Path(clone)))
-    if plain_attention:
-        encoders.take_plain_attention(encoder)
+    torch.backends.cuda.enable_cudnn_sdp(not plain_attention)
     set_dropout(encoder, dropout)
     rows = [{column: row[column] for column in columns} for row in rows_of(Path(clone), "train")]
     if precision == "fp16" and not torch.cuda.is_available():
@@ -315,7 +314,8 @@ def train_one(
                     torch.accelerator.synchronize()
                 times[state.global_step] = time.perf_counter()
 
-    SentenceTransformerTrainer(
+    trainer = by_length.ChunkedTrainer if plain_attention else SentenceTransformerTrainer
+    trainer(
         model=encoder,
         args=arguments,
         train_dataset=Dataset.from_list(rows),

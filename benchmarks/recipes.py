@@ -13,6 +13,7 @@ import copy
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -34,7 +35,7 @@ from transformers import get_scheduler
 
 sys.path.insert(0, str(data.ROOT / "stages"))
 from shared import encoders, retrieval
-from shared.by_length import ChunkedCollator, ChunkedRankingLoss
+from shared.by_length import ChunkedCollator, ChunkedRankingLoss, plain_attention
 from shared.params import read_params
 from shared.sources import model_folder
 from train import SYMMETRIC, choose_precision, mixed, set_dropout
@@ -148,7 +149,6 @@ def train(clone: Path, base_model: str, name: str, seed: int) -> dict[str, list[
         data.rows_of(clone, "validation"), corpus, 256, "validation", keep_rankings=False
     )
     model = encoders.load_encoder(model_folder(base_model, "base"), base_model)
-    encoders.take_plain_attention(model)
     model.max_seq_length = TOKENS
     precision = torch.autocast(model.device.type, torch.bfloat16, enabled=choose_precision("auto")["bf16"])
     evaluator.embed_inputs = convert_outputs_to_fp32(precision(evaluator.embed_inputs))
@@ -174,7 +174,7 @@ def train(clone: Path, base_model: str, name: str, seed: int) -> dict[str, list[
     sizes = [model.get_embedding_dimension() // part for part in (1, 2, 4)]
     step_loss = MatryoshkaLoss(model, loss, sizes) if recipe.matryoshka else loss
     if recipe.frozen_words:
-        model[0].auto_model.get_input_embeddings().requires_grad_(False)
+        model.transformers_model.get_input_embeddings().requires_grad_(False)
     collate = ChunkedCollator(model.preprocess)
     sampler = NoDuplicatesBatchSampler(rows, recipe.batch_size, False, generator=torch.Generator(), seed=seed)
     steps = int(np.ceil(recipe.epochs * len(sampler)))
@@ -194,7 +194,8 @@ def train(clone: Path, base_model: str, name: str, seed: int) -> dict[str, list[
             chunks, labels = SentenceTransformerTrainer.collect_features(None, batch)
             if recipe.mask:
                 similarity.left_out = left_out(recipe.mask, guide["anchor"][places], guide["positive"][places])
-            step_loss(chunks, labels).backward()
+            with plain_attention(model) if model.device.type == "cpu" else nullcontext():  # as ChunkedTrainer
+                step_loss(chunks, labels).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()

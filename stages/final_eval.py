@@ -69,7 +69,7 @@ def main() -> None:
     gains: dict[str, Any] = {"test": {"queries": len(test), "groups": int(groups.max()) + 1}}
     gains |= {f"over_{model}": gain_over(model, views, metric) for model in ("base", "reference")}
     gains["validation"] = mean_metrics([{name: own[name] for name in ("before", "after")} for own in training.values()])
-    gains["seeds"] = spread(seeds, score(metric, ranks["finetuned"]).mean(axis=1))
+    gains["seeds"] = spread(seeds, np.array([own[metric] for own, _ in searched]))
 
     # 4. For people.
     changes = score(metric, ranks["finetuned"]) - score(metric, ranks["base"])

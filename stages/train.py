@@ -98,7 +98,6 @@ def main() -> None:
     if is_main_process:
         lock(seed)
     model = encoders.load_encoder(base, params.models.base)
-    encoders.take_plain_attention(model)
     evaluator = retrieval.make_evaluator(
         validation, corpus, params.evaluate.batch_size, "validation", keep_rankings=False
     )

@@ -5,7 +5,7 @@ loss needs the embeddings of all texts of a batch at once, the encoder does not.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,20 +90,43 @@ class ChunkedRankingLoss(MultipleNegativesRankingLoss):
 
 
 def words_looked_up_once(model: SentenceTransformer, chunks: list[dict[str, Any]]) -> AbstractContextManager:
-    """The context in which the model takes the chunks' word vectors from those of the whole batch.
+    """The context in which the model takes the chunks' word vectors from those of the whole batch, if it has any.
 
     Each lookup's gradient is as large as the vocabulary. One a chunk, and not one a batch, made a step of MiniLM on two
     cores 3 (fp32) to 14% (bf16) longer.
     """
-    if model.transformers_model is None:
+    try:
+        table = model.transformers_model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # no transformer, or one that does not read words
         return nullcontext()
-    table = model.transformers_model.get_input_embeddings()
+    if not isinstance(table, torch.nn.Embedding) or not all("input_ids" in chunk for chunk in chunks):
+        return nullcontext()
     used = torch.cat([chunk["input_ids"].flatten() for chunk in chunks]).unique()
+    used = used[used < table.num_embeddings]  # a router's other model may have more words
     words = table(used)
     return table.register_forward_hook(lambda _, ids, __: embedding(torch.searchsorted(used, *ids), words))
+
+
+@contextmanager
+def plain_attention(model: SentenceTransformer) -> Iterator[None]:
+    """Torch's fused attention, on a CPU, goes backward on short texts several times slower than the plain one."""
+    transformer = model.transformers_model
+    usual = transformer.config._attn_implementation
+    transformer.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        transformer.set_attn_implementation(usual)
 
 
 class ChunkedTrainer(SentenceTransformerTrainer):
     """The library's trainer for `ChunkedRankingLoss`."""
 
     data_collator_class = ChunkedCollator
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any) -> torch.Tensor:
+        # Plain attention keeps length x length weights: for long texts the fused one.
+        longest = max(value.shape[-1] for name, value in inputs.items() if name.endswith("_input_ids"))
+        on_cpu = self.model.device.type == "cpu" and self.model.transformers_model is not None
+        with plain_attention(self.model) if on_cpu and longest <= CPU_TOKENS else nullcontext():
+            return super().training_step(model, inputs, *arguments)

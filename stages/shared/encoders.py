@@ -21,6 +21,8 @@ def devices() -> list[str]:
 def load_encoder(folder: Path, name: str) -> SentenceTransformer:
     """The encoder on the best device there is, its weights in float32; `name` is for errors. Raises InputError."""
     keep_freed_memory()
+    # cuDNN's attention prepares itself anew for each length of texts: 7 to 15 ms a layer on an H100.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         # transformers would take the precision that the file has, and half precision moves scores.
         model = SentenceTransformer(
@@ -36,17 +38,6 @@ def load_encoder(folder: Path, name: str) -> SentenceTransformer:
     if not all(weights.isfinite().all() for weights in model.parameters()):
         raise InputError(f"{name} is damaged: it has weights that are no finite numbers")
     return model
-
-
-def take_plain_attention(model: SentenceTransformer) -> None:
-    """Of the kinds of attention that torch has, one that is fast for training on texts of many lengths.
-
-    On a CPU the fused one goes backward on short texts several times slower than the plain one. On a GPU cuDNN's
-    prepares itself anew for each length, which took 7 to 15 ms a layer on an H100.
-    """
-    if model.device.type == "cpu" and model.transformers_model is not None:
-        model.transformers_model.set_attn_implementation("eager")
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def keep_freed_memory() -> None:
