@@ -4,7 +4,7 @@ Usage   python benchmarks/bench.py [--bases MODEL ...] [--seeds 42 43 44] [--dat
         (`make bench`; of the last commit)
 Writes  benchmarks/{speed,gain}-<device>-<precision>.md, in the precision that `auto` takes here; models are thrown away
 
-speed: pairs a second (but for the first tenth of the steps) and peak memory, each setting in a process of its own.
+speed: pairs a second after the first tenth of the steps (or the first step), peak memory; a process for each setting.
 gain: the published recipe by the library's trainer, its columns as published (the passage is taken as the query) and
 mended, and the default of params.yaml by stages/train.py. All are scored on the test rows as final_eval does it.
 """
