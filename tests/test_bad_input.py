@@ -137,9 +137,9 @@ def test_a_damaged_parquet_file(repo):
 
 
 def test_an_error_reaches_the_user_of_dvc(repo):
-    result = repo.run("dvc", "exp", "run", "-S", "train.epochs=abc", check=False)
+    result = repo.run("dvc", "exp", "run", "-S", "train.epochs=three", check=False)
     assert result.returncode != 0
-    assert "train.epochs is 'abc'" in result.stderr
+    assert "train.epochs is 'three'" in result.stderr
     assert "Traceback" not in result.stderr
 
 
