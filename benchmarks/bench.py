@@ -32,7 +32,7 @@ from shared.params import read_params
 
 PARAMS = read_params()
 TRAIN = PARAMS.train
-PAIRS = {"cpu": 640, "cuda": 12_800}  # of one speed measurement: 20 and 400 steps of the published recipe
+PAIRS, PAIRS_ON_A_GPU = 640, 12_800  # of one speed measurement: 20 and 400 steps of the published recipe
 ROUNDS = 3  # of all speed measurements, one after the other, since a machine is not as fast at every minute
 # The order of the columns; the first is taken as the query. The published notebook has them swapped.
 SWAPPED = ["positive", "anchor"]
@@ -157,9 +157,9 @@ def base_model(clone: Path) -> str:
 
 def speed(clone: Path, device: str, precision: str) -> str:
     """The table of pairs a second and peak memory, as ratios to the first row; of the rounds' speeds the median."""
-    rows_here = SPEED if device == "cpu" else SPEED_ON_A_GPU
-    settings = {name: setting for name, setting in rows_here.items() if precision != "fp32" or "bf16" not in name}
-    fixed = {"columns": MENDED, "pairs": PAIRS[device], "seed": 42, "learning_rate": 2e-5, "epochs": 1, "model": None}
+    settings, pairs = (SPEED, PAIRS) if device == "cpu" else (SPEED_ON_A_GPU, PAIRS_ON_A_GPU)
+    settings = {name: setting for name, setting in settings.items() if precision != "fp32" or "bf16" not in name}
+    fixed = {"columns": MENDED, "pairs": pairs, "seed": 42, "learning_rate": 2e-5, "epochs": 1, "model": None}
     rounds = [{name: run_one(clone, **setting, **fixed) for name, setting in settings.items()} for _ in range(ROUNDS)]
     speeds, memory = (
         {name: np.array([own[name][measure] for own in rounds]) for name in settings}
