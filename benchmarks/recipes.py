@@ -35,7 +35,7 @@ from transformers import get_scheduler
 
 sys.path.insert(0, str(data.ROOT / "stages"))
 from shared import encoders, retrieval
-from shared.by_length import ChunkedCollator, ChunkedRankingLoss, plain_attention
+from shared.by_length import ChunkedCollator, ChunkedRankingLoss, chunk_shape, plain_attention
 from shared.params import read_params
 from shared.sources import model_folder
 from train import SYMMETRIC, choose_precision, mixed, set_dropout
@@ -150,7 +150,8 @@ def train(clone: Path, base_model: str, name: str, seed: int) -> dict[str, list[
     )
     model = encoders.load_encoder(model_folder(base_model, "base"), base_model)
     model.max_seq_length = TOKENS
-    precision = torch.autocast(model.device.type, torch.bfloat16, enabled=choose_precision("auto")["bf16"])
+    in_bf16 = choose_precision("auto")["bf16"]
+    precision = torch.autocast(model.device.type, torch.bfloat16, enabled=in_bf16)
     evaluator.embed_inputs = convert_outputs_to_fp32(precision(evaluator.embed_inputs))
     rows = Dataset.from_list(data.rows_of(clone, "train")).select_columns(list(recipe.columns))
     if recipe.negatives:
@@ -175,7 +176,7 @@ def train(clone: Path, base_model: str, name: str, seed: int) -> dict[str, list[
     step_loss = MatryoshkaLoss(model, loss, sizes) if recipe.matryoshka else loss
     if recipe.frozen_words:
         model.transformers_model.get_input_embeddings().requires_grad_(False)
-    collate = ChunkedCollator(model.preprocess)
+    collate = ChunkedCollator(model.preprocess, **chunk_shape(in_bf16))
     sampler = NoDuplicatesBatchSampler(rows, recipe.batch_size, False, generator=torch.Generator(), seed=seed)
     steps = int(np.ceil(recipe.epochs * len(sampler)))
     optimizer = torch.optim.AdamW(

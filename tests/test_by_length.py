@@ -55,14 +55,15 @@ def model(request, small_bert):
 def check_same_as_the_librarys(model, rows, prompts, options):
     theirs = SentenceTransformerDataCollator(model.preprocess, prompts=prompts)
     loss, gradients, _ = loss_and_gradients(model, theirs, MultipleNegativesRankingLoss(model, **options), rows)
-    ours = ChunkedCollator(model.preprocess, prompts=prompts, chunk_tokens=256)
-    our_loss, our_gradients, chunks = loss_and_gradients(
-        model, ours, ChunkedRankingLoss(model, nullcontext(), **options), rows
-    )
-    assert len(chunks) > 8
     rounding = 1e-12 if next(model.parameters()).dtype == torch.float64 else 1e-6
-    assert our_loss == pytest.approx(loss, rel=rounding)
-    assert distance(our_gradients, gradients) < 10 * rounding
+    for multiple in (1, 8):
+        ours = ChunkedCollator(model.preprocess, prompts=prompts, chunk_tokens=256, multiple=multiple)
+        our_loss, our_gradients, chunks = loss_and_gradients(
+            model, ours, ChunkedRankingLoss(model, nullcontext(), **options), rows
+        )
+        assert len(chunks) > 8
+        assert our_loss == pytest.approx(loss, rel=rounding)
+        assert distance(our_gradients, gradients) < 10 * rounding
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -70,6 +71,15 @@ def check_same_as_the_librarys(model, rows, prompts, options):
 @pytest.mark.parametrize("prompts", [{}, {"anchor": "query: ", "positive": "passage: "}], ids=["", "prompts"])
 def test_loss_and_gradients_are_the_librarys(model, seed, options, prompts):
     check_same_as_the_librarys(model, random_rows(seed, 48), prompts, options)
+
+
+def test_of_texts_that_are_padded_on_the_left_too(model, monkeypatch):
+    monkeypatch.setattr(model.tokenizer, "padding_side", "left")
+    # BERT numbers positions from the left, padding included: without their vectors it does not matter.
+    positions = model.transformers_model.embeddings.position_embeddings.weight
+    monkeypatch.setattr(positions, "data", torch.zeros_like(positions))
+    monkeypatch.setattr(positions, "requires_grad", False)
+    check_same_as_the_librarys(model, random_rows(0, 48), {}, {})
 
 
 def test_of_hard_negatives_and_prompts_that_the_pooling_leaves_out_too(model, monkeypatch):
@@ -103,15 +113,29 @@ def test_static_word_vectors_train_the_same(static_model):
     assert all(torch.equal(our_gradients[name], gradient) for name, gradient in gradients.items())
 
 
-def test_chunks_hold_each_text_once_and_little_padding():
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_chunks_hold_each_text_once_and_little_padding(multiple):
     dice = random.Random(0)
     lengths = [dice.randint(1, 250) for _ in range(256)]
-    chunks = list(split(lengths, 512))
+    chunks = list(split(lengths, 512, multiple))
     assert sorted(place for chunk in chunks for place in chunk) == list(range(256))
     padded = [len(chunk) * max(lengths[place] for place in chunk) for chunk in chunks]
     assert max(padded) <= 512
     assert sum(padded) < 1.1 * sum(lengths)
-    assert list(split([900, 3], 512)) == [[1], [0]]
+    assert list(split([3, 900], 512, multiple)) == [[1], [0]]
+
+
+def test_chunks_of_multiples_have_few_shapes(small_bert):
+    model = SentenceTransformer(str(small_bert), device="cpu")
+    collator = ChunkedCollator(model.preprocess, chunk_tokens=512, multiple=8)
+    shapes = set()
+    for seed in range(10):
+        batch = collator(random_rows(seed, 48))
+        shapes |= {value.shape for name, value in batch.items() if name.endswith("input_ids")}
+    whole = [(rows, length) for rows, length in shapes if length % 8 == 0 and rows == 512 // length]
+    lengths = {length for _, length in whole}
+    assert len(whole) == len(lengths) > 10
+    assert len(shapes) - len(whole) <= 30  # of each batch the last chunk of a column, and its longest text
 
 
 def test_dropout_is_set_for_all_layers_and_the_models_own_is_kept(small_bert):

@@ -6,7 +6,7 @@ loss needs the embeddings of all texts of a batch at once, the encoder does not.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,18 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch.nn.functional import embedding
 
-# Tokens of a chunk, padding included. On two cores 256 to 2,048 differ by less than the noise: smaller ones pad less,
-# larger ones fill the processor better. A GPU needs more to be filled.
-CPU_TOKENS, GPU_TOKENS = 512, 16_384
+PLAIN_ATTENTION_TOKENS = 512  # of the longest text for which a CPU takes plain attention
+
+
+def chunk_shape(in_bf16: bool) -> dict[str, int]:
+    """The tokens of a chunk, padding included, and what its length is a multiple of: what trains fastest.
+
+    Small chunks pad less, large ones fill a GPU. A processor compiles a product in bf16 for its shape when it meets it
+    (2 to 9 ms for one that then takes 0.4 ms), so there few lengths are better than little padding.
+    """
+    if torch.accelerator.is_available():
+        return {"chunk_tokens": 16_384, "multiple": 1}
+    return {"chunk_tokens": 1_024, "multiple": 8} if in_bf16 else {"chunk_tokens": 512, "multiple": 1}
 
 
 @dataclass
@@ -28,7 +37,8 @@ class ChunkedCollator(SentenceTransformerDataCollator):
     `label`, shape (columns, rows), is the place of each text among those of all chunks.
     """
 
-    chunk_tokens: int = GPU_TOKENS if torch.accelerator.is_available() else CPU_TOKENS
+    chunk_tokens: int = 512
+    multiple: int = 1
 
     def __call__(self, rows: list[dict[str, str]]) -> dict[str, Any]:
         batch = super().__call__(rows)
@@ -38,8 +48,8 @@ class ChunkedCollator(SentenceTransformerDataCollator):
             features = {name.removeprefix(f"{column}_"): batch[name] for name in batch if name.startswith(f"{column}_")}
             if "attention_mask" in features:
                 lengths = features["attention_mask"].sum(dim=1).tolist()
-                parts = list(split(lengths, self.chunk_tokens))
-                chunks += [cut(features, torch.tensor(part)) for part in parts]
+                parts = list(split(lengths, self.chunk_tokens, self.multiple))
+                chunks += [cut(features, torch.tensor(part), self.multiple) for part in parts]
             else:  # nothing is padded: static word vectors, or texts that lie in one row
                 parts = [range(len(rows))]
                 chunks += [features]
@@ -49,25 +59,32 @@ class ChunkedCollator(SentenceTransformerDataCollator):
         return named | {"label": torch.tensor(places).argsort().view(len(columns), len(rows))}
 
 
-def split(lengths: list[int], tokens: int) -> Iterator[list[int]]:
-    """Places of texts, short ones first, in chunks of at most `tokens` once padded (or of one text)."""
-    chunk: list[int] = []
-    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if chunk and lengths[place] * (len(chunk) + 1) > tokens:
-            yield chunk
-            chunk = []
-        chunk.append(place)
-    yield chunk
+def split(lengths: list[int], tokens: int, multiple: int) -> Iterator[list[int]]:
+    """Places of texts in chunks of at most `tokens` once padded to a multiple (or of one text).
+
+    Long texts first, so that the length of a chunk says how many it has, and there are few shapes.
+    """
+    places = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    while places:
+        count = max(1, tokens // rounded_up(max(1, lengths[places[0]]), multiple))
+        yield places[:count]
+        places = places[count:]
 
 
-def cut(features: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
-    """These rows, without the positions at which all of them are padded."""
+def rounded_up(length: int, multiple: int) -> int:
+    return length + -length % multiple
+
+
+def cut(features: dict[str, Any], rows: torch.Tensor, multiple: int) -> dict[str, Any]:
+    """These rows, of the positions at which all of them are padded only those that make up a multiple, if any do."""
     mask = features["attention_mask"]
     used = mask[rows].any(dim=0)
+    length = rounded_up(int(used.sum()), multiple)
+    kept = used.int().argsort(descending=True, stable=True)[:length].sort().values
     own = dict(features)
     for name, value in features.items():
-        if isinstance(value, torch.Tensor) and name != "prompt_length" and len(value) == len(mask):
-            own[name] = value[rows][:, used] if value.shape == mask.shape else value[rows]
+        if isinstance(value, torch.Tensor) and len(value) == len(mask):
+            own[name] = value[rows][:, kept] if value.shape == mask.shape else value[rows]
     return own
 
 
@@ -95,9 +112,10 @@ def words_looked_up_once(model: SentenceTransformer, chunks: list[dict[str, Any]
     Each lookup's gradient is as large as the vocabulary. One a chunk, and not one a batch, made a step of MiniLM on two
     cores 3 (fp32) to 14% (bf16) longer.
     """
+    transformer = model.transformers_model
     try:
-        table = model.transformers_model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # no transformer, or one that does not read words
+        table = transformer.get_input_embeddings() if transformer else None
+    except NotImplementedError:
         return nullcontext()
     if not isinstance(table, torch.nn.Embedding) or not all("input_ids" in chunk for chunk in chunks):
         return nullcontext()
@@ -124,9 +142,12 @@ class ChunkedTrainer(SentenceTransformerTrainer):
 
     data_collator_class = ChunkedCollator
 
+    def get_data_collator(self, model: Any, args: Any, *arguments: Any, **options: Any) -> ChunkedCollator:
+        return replace(super().get_data_collator(model, args, *arguments, **options), **chunk_shape(args.bf16))
+
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any) -> torch.Tensor:
         # Plain attention keeps length x length weights: for long texts the fused one.
-        longest = max(value.shape[-1] for name, value in inputs.items() if name.endswith("_input_ids"))
+        longest = max((value.shape[-1] for name, value in inputs.items() if name.endswith("_input_ids")), default=0)
         on_cpu = self.model.device.type == "cpu" and self.model.transformers_model is not None
-        with plain_attention(self.model) if on_cpu and longest <= CPU_TOKENS else nullcontext():
+        with plain_attention(self.model) if on_cpu and longest <= PLAIN_ATTENTION_TOKENS else nullcontext():
             return super().training_step(model, inputs, *arguments)
