@@ -236,7 +236,7 @@ def query_scores(clone: Path, model: str) -> np.ndarray:
     test = rows_of(clone, "test")
     corpus = {row["id"]: row["text"] for row in rows_of(clone, "corpus")}
     evaluator = retrieval.make_evaluator(test, corpus, 64, "test", keep_rankings=True)
-    _, rankings = retrieval.search_with_encoder(evaluator, encoders.load_encoder(Path(model), model), [])
+    rankings = retrieval.search_with_encoder(evaluator, encoders.load_encoder(Path(model), model), [])
     return score("ndcg@10", ranks_of(rankings, test))
 
 

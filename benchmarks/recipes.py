@@ -260,7 +260,7 @@ def with_hard_negatives(rows: Dataset, model: SentenceTransformer, by: str) -> D
     passages = list(dict.fromkeys(rows["positive"]))
     numbered = [{"id": str(i), "anchor": row["anchor"], "document_id": "0"} for i, row in enumerate(rows)]
     evaluator = retrieval.make_evaluator(numbered, {str(i): text for i, text in enumerate(passages)}, 64, "train", True)
-    _, rankings = retrieval.search_with_bm25(evaluator)
+    rankings = retrieval.search_with_bm25(evaluator)
     dice = np.random.default_rng(0)
     found = []
     for row, ranking in zip(rows, rankings, strict=True):

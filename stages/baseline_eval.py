@@ -1,8 +1,8 @@
-"""Baseline evaluation: score one model as it is, before any training, on the test queries over the whole corpus.
+"""Baseline evaluation: score one model as it is, before any training, on test and validation queries.
 
 Usage   python stages/baseline_eval.py base|reference   (models.base or models.reference in params.yaml)
-Reads   data/prepared/{test,corpus}.jsonl
-Writes  metrics/<baseline>.json, data/rankings/<baseline>.jsonl
+Reads   data/prepared/{validation,test,corpus}.jsonl
+Writes  metrics/<baseline>.json, data/rankings/<baseline>.jsonl: of the test; metrics/validation/<baseline>.json
 """
 
 import argparse
@@ -18,21 +18,27 @@ def main() -> None:
     baseline = parser.parse_args().baseline
     params = read_params()
     model_name = params.models.base if baseline == "base" else params.models.reference
-    test, corpus = records.read_split("test"), records.read_corpus()
+    validation, test, corpus = records.read_split("validation"), records.read_split("test"), records.read_corpus()
     folder = None if model_name == "bm25" else sources.model_folder(model_name, baseline)
 
     # Ten seconds of imports: after the checks above, so that errors come at once.
     from shared import encoders, retrieval
 
-    evaluator = retrieval.make_evaluator(test, corpus, params.evaluate.batch_size, "test", keep_rankings=True)
+    # One search for both, so that the passages are encoded once.
+    evaluator = retrieval.make_evaluator(validation + test, corpus, params.evaluate.batch_size, "", keep_rankings=True)
     if folder is None:
-        metrics, rankings = retrieval.search_with_bm25(evaluator)
+        rankings = retrieval.search_with_bm25(evaluator)
     else:
         model = encoders.load_encoder(folder, model_name)
-        metrics, rankings = retrieval.search_with_encoder(evaluator, model, encoders.devices())
+        rankings = retrieval.search_with_encoder(evaluator, model, encoders.devices())
+    of_validation, of_test = rankings[: len(validation)], rankings[len(validation) :]
+    metrics = retrieval.mean_scores(of_test, test)
 
-    records.write_jsonl(records.RANKINGS / f"{baseline}.jsonl", rankings)
+    records.write_jsonl(records.RANKINGS / f"{baseline}.jsonl", of_test)
     records.write_json(records.METRICS / f"{baseline}.json", metrics)
+    records.write_json(
+        records.METRICS / f"validation/{baseline}.json", retrieval.mean_scores(of_validation, validation)
+    )
     print(f"{model_name}: NDCG@10 {metrics['ndcg@10']:.4f}, MRR@10 {metrics['mrr@10']:.4f} on {len(test):,} queries")
 
 

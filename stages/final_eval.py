@@ -1,7 +1,7 @@
 """Final evaluation: score the fine-tuned models as the baselines were, and weigh what training gained.
 
 Reads   models/finetuned/<seed>/, data/prepared/, data/rankings/{base,reference}.jsonl, the data card,
-        metrics/{data,base,reference}.json, metrics/train/<seed>.json, metrics/curves/<seed>/
+        metrics/{data,base,reference,validation/base}.json, metrics/train/<seed>.json, metrics/curves/<seed>/
 Writes  data/rankings/finetuned/<seed>.jsonl
         metrics/: finetuned.json (mean of the seeds), gain.json, ranks.csv, report.md, plots/*.svg,
         environment/final_eval.json
@@ -38,6 +38,7 @@ def main() -> None:
     metrics = {model: records.read_metrics(model) for model in ("base", "reference")}
     rankings = {model: [records.read_ranking(model)] for model in ("base", "reference")}
     training = {seed: records.read_metrics(f"train/{seed}") for seed in seeds}
+    validation_before = records.read_metrics("validation/base")[metric]
 
     # Ten seconds of imports: after the checks above, so that errors come at once.
     from shared import encoders, retrieval
@@ -45,9 +46,9 @@ def main() -> None:
     # 1. Search with each fine-tuned model, as the baselines did.
     evaluator = retrieval.make_evaluator(test, corpus, params.evaluate.batch_size, "test", keep_rankings=True)
     devices = encoders.devices()
-    searched = [retrieval.search_with_encoder(evaluator, load_finetuned(seed), devices) for seed in seeds]
-    metrics["finetuned"] = mean_metrics([own for own, _ in searched])
-    rankings["finetuned"] = [ranking for _, ranking in searched]
+    rankings["finetuned"] = [retrieval.search_with_encoder(evaluator, load_finetuned(seed), devices) for seed in seeds]
+    by_seed = [retrieval.mean_scores(ranking, test) for ranking in rankings["finetuned"]]
+    metrics["finetuned"] = mean_metrics(by_seed)
 
     # 2. The rank of each query's passage: all the evidence is made of it. Groups stand or fall together.
     ranks = {model: np.stack([ranks_of(one, test) for one in several]) for model, several in rankings.items()}
@@ -68,8 +69,9 @@ def main() -> None:
         views["one_document_a_row" if merged else "identical_passages_merged"] = (other, groups)
     gains: dict[str, Any] = {"test": {"queries": len(test), "groups": int(groups.max()) + 1}}
     gains |= {f"over_{model}": gain_over(model, views, metric) for model in ("base", "reference")}
-    gains["validation"] = mean_metrics([{name: own[name] for name in ("before", "after")} for own in training.values()])
-    gains["seeds"] = spread(seeds, np.array([own[metric] for own, _ in searched]))
+    validation_after = rounded(np.mean([own["validation"] for own in training.values()]))
+    gains["validation"] = {"before": validation_before, "after": validation_after}
+    gains["seeds"] = spread(seeds, np.array([own[metric] for own in by_seed]))
 
     # 4. For people.
     changes = score(metric, ranks["finetuned"]) - score(metric, ranks["base"])
@@ -88,7 +90,7 @@ def main() -> None:
     query_words = np.array([len(row["anchor"].split()) for row in test])
     drawn = {
         "scores": pictures.scores(ranks, groups, report.headline_metrics(metric)),
-        "training": pictures.training(records.CURVES, training, metric),
+        "training": pictures.training(records.CURVES, training, validation_before, metric),
         "recall": pictures.recall(ranks),
         "ranks": pictures.rank_moves(ranks["base"], ranks["finetuned"]),
         "length": pictures.gain_by_length(changes, groups, query_words, metric),

@@ -80,7 +80,7 @@ def check_arguments(repository: str, licence: str | None, data_card: cards.Card)
 def choose_seed(wanted: int | None, seeds: list[Seed]) -> int:
     """Where none is wanted, the best by its validation score: the test is not for choosing. Raises InputError."""
     if wanted is None:
-        return max(seeds, key=lambda seed: records.read_metrics(f"train/{seed}")["after"])
+        return max(seeds, key=lambda seed: records.read_metrics(f"train/{seed}")["validation"])
     if wanted not in seeds:
         raise InputError(f"params.yaml: train.seeds is {seeds}, which has no {wanted}")
     return wanted
@@ -281,7 +281,7 @@ def seeds_in_words(params: Params, seed: int) -> str:
     seeds, metric = params.train.seeds, params.evaluate.primary_metric
     if len(seeds) == 1:
         return "One seed was trained: its luck is not in the intervals."
-    validation = {own: records.read_metrics(f"train/{own}")["after"] for own in seeds}
+    validation = {own: records.read_metrics(f"train/{own}")["validation"] for own in seeds}
     each = ", ".join(f"{own} {after:.4f}" for own, after in validation.items())
     test = records.read_metrics("gain")["seeds"]
     return (

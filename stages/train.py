@@ -2,8 +2,7 @@
 
 Usage   python stages/train.py SEED   (one of train.seeds in params.yaml)
 Reads   data/prepared/{train,validation,corpus}.jsonl, models.base
-Writes  models/finetuned/<seed>/, metrics/train/<seed>.json (validation score before and after, chosen step
-        and share of the base model),
+Writes  models/finetuned/<seed>/, metrics/train/<seed>.json (validation score, chosen step and share of the base model),
         metrics/curves/<seed>/{loss,validation}.csv, metrics/environment/train@<seed>.json
         models/scratch/<fingerprint>/: checkpoints (until the run ends) and TensorBoard logs; nobody's output
 
@@ -89,7 +88,7 @@ def main() -> None:
 
     from shared import by_length, encoders, environment, retrieval
 
-    # 1. The model, and how good it is before training.
+    # 1. The model, and what it is judged by.
     metric = params.evaluate.primary_metric
     scratch = SCRATCH / fingerprint(params, seed, base)
     arguments = training_arguments(params.train, seed, scratch)
@@ -105,9 +104,6 @@ def main() -> None:
     precision = autocast(arguments, model.device)
     evaluator.embed_inputs = convert_outputs_to_fp32(precision(evaluator.embed_inputs))
     score_name = f"validation_{model.similarity_fn_name}_{metric}"
-    score_before = evaluator(model)[score_name]
-    if is_main_process:
-        print(f"{params.models.base}: validation {metric} {score_before:.4f} before training")
 
     # 2. The data: the loss takes the first column as the query and every further column as a passage.
     pairs = Dataset.from_list([{"anchor": row["anchor"], "positive": row["positive"]} for row in train])
@@ -144,13 +140,13 @@ def main() -> None:
     # 4. The checkpoint that validation prefers; with a share of the base model's weights in it, if it prefers that.
     state = trainer.state
     best = scratch / f"checkpoint-{state.best_global_step}"
-    model, base_share, score_after = encoders.load_encoder(best, best.name), 0.0, state.best_metric
+    model, base_share, score = encoders.load_encoder(best, best.name), 0.0, state.best_metric
     if params.train.base_share:
         untrained = encoders.load_encoder(base, params.models.base).state_dict()
         model.load_state_dict(mixed(model.state_dict(), untrained, params.train.base_share))
         score_mixed = evaluator(model)[score_name]
-        if score_mixed > score_after:
-            base_share, score_after = params.train.base_share, score_mixed
+        if score_mixed > score:
+            base_share, score = params.train.base_share, score_mixed
         else:
             model = encoders.load_encoder(best, best.name)
     save_model(model, records.FINETUNED / str(seed))
@@ -160,15 +156,14 @@ def main() -> None:
     )
     curves = records.CURVES / str(seed)
     records.write_csv(curves / "loss.csv", ["step", "loss"], loss)
-    records.write_csv(curves / "validation.csv", ["step", metric], [(0, records.rounded(score_before)), *scores])
-    validation = {"before": records.rounded(score_before), "after": records.rounded(score_after)}
-    chosen = {"step": state.best_global_step, "base_share": base_share}
-    records.write_json(records.METRICS / f"train/{seed}.json", validation | chosen)
+    records.write_csv(curves / "validation.csv", ["step", metric], scores)
+    chosen = {"validation": records.rounded(score), "step": state.best_global_step, "base_share": base_share}
+    records.write_json(records.METRICS / f"train/{seed}.json", chosen)
     records.write_json(records.ENVIRONMENT / f"train@{seed}.json", environment.describe())
     for path in reversed(checkpoints(scratch)):  # the newest first, so that those left by a cut are a run's beginning
         shutil.rmtree(path)
     print(
-        f"models/finetuned/{seed}: validation {metric} {score_after:.4f},"
+        f"models/finetuned/{seed}: validation {metric} {score:.4f},"
         f" of step {state.best_global_step} with {base_share:g} of the base model"
     )
 

@@ -373,8 +373,9 @@ def test_damaged_finetuned_model(repo, static_model):
         (repo.folder / f"metrics/{name}.json").write_text("{}\n")
         ranking = repo.folder / f"data/rankings/{name}.jsonl"
         ranking.write_text('{"query_id": "1", "query": "q", "results": []}\n')
-    (repo.folder / "metrics/train").mkdir()
-    (repo.folder / "metrics/train/42.json").write_text("{}\n")
+    for name, written in (("train/42", "{}\n"), ("validation/base", '{"ndcg@10": 0.5}\n')):
+        (repo.folder / f"metrics/{name}.json").parent.mkdir()
+        (repo.folder / f"metrics/{name}.json").write_text(written)
     assert "dvc repro --force train" in error_of(repo, "python", "stages/final_eval.py")
     shutil.copytree(static_model, repo.folder / "models/finetuned/42")
     (weights,) = (repo.folder / "models/finetuned/42").rglob("*.safetensors")

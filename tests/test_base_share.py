@@ -33,7 +33,7 @@ def test_the_mixture_that_validation_prefers_becomes_the_model(repo, static_mode
     assert not torch.allclose(trained, weights(static_model), atol=1e-4)
     assert tried["base_share"] == preferred
     if preferred:
-        assert tried["after"] > alone["after"]
+        assert tried["validation"] > alone["validation"]
         assert torch.allclose(chosen, (trained + weights(static_model)) / 2, atol=1e-6)
     else:
         assert tried == alone

@@ -14,8 +14,10 @@ import pytest
 import yaml
 
 from conftest import stages_run
+from shared.encoders import load_encoder
 from shared.params import Metric
 from shared.report import PICTURES
+from shared.retrieval import make_evaluator
 
 ALL_STAGES = ["prepare", "baseline_eval@base", "baseline_eval@reference", "train@42", "final_eval"]
 
@@ -45,7 +47,9 @@ def digest(folder: Path) -> str:
 def test_training_gains_and_the_gain_is_the_difference(repo):
     base, finetuned, gain = read(repo, "base.json"), read(repo, "finetuned.json"), read(repo, "gain.json")
     validation = list(csv.DictReader((repo.folder / "metrics/curves/42/validation.csv").open()))
-    assert max(float(row["ndcg@10"]) for row in validation[1:]) > float(validation[0]["ndcg@10"])
+    before, after = read(repo, "validation/base.json")["ndcg@10"], max(float(row["ndcg@10"]) for row in validation)
+    assert before < after <= gain["validation"]["after"]
+    assert gain["validation"]["before"] == before
     assert base.keys() == finetuned.keys() >= {"accuracy@1", "recall@10", "ndcg@10", "mrr@10", "map@100"}
     over_base = gain["over_base"]
     assert set(over_base["secondary"]) == set(get_args(Metric)) - {"ndcg@10"}
@@ -77,6 +81,14 @@ def test_an_independent_scorer_agrees(repo, model):
     ours = read(repo, f"{model}.json")
     for name, measure in measures.items():
         assert ours[name] == pytest.approx(theirs[measure], abs=1e-6), name
+
+
+def test_the_base_is_scored_on_validation_rows_as_by_a_search_for_them_alone(repo, static_model):
+    corpus = {row["id"]: row["text"] for row in rows(repo, "prepared/corpus.jsonl")}
+    evaluator = make_evaluator(rows(repo, "prepared/validation.jsonl"), corpus, 64, "alone", keep_rankings=False)
+    alone = evaluator(load_encoder(static_model, "static"))
+    scores = {name.rsplit("_", 1)[-1]: score for name, score in alone.items()}
+    assert read(repo, "validation/base.json") == pytest.approx(scores, abs=1e-6)
 
 
 def test_the_test_is_also_scored_without_near_duplicates_and_one_document_a_row(repo):

@@ -66,10 +66,10 @@ def scores(ranks: dict[str, np.ndarray], groups: np.ndarray, metrics: list[Metri
     return svg(figure)
 
 
-def training(curves: Path, chosen: dict[int, dict[str, float]], metric: Metric) -> str:
+def training(curves: Path, chosen: dict[int, dict[str, float]], before: float, metric: Metric) -> str:
     """Loss, and score on the validation rows, by step; a line a seed. `curves` holds <seed>/{loss,validation}.csv,
     `chosen` is metrics/train/ by seed: the step of the model, and its score, which is above the line at that step where
-    the base model's weights are mixed in.
+    the base model's weights are mixed in. `before` is the base model's score.
     """
     figure, (left, right) = canvas(columns=2)
     for axes, name, column in ((left, "loss", "loss"), (right, "validation", metric)):
@@ -77,9 +77,11 @@ def training(curves: Path, chosen: dict[int, dict[str, float]], metric: Metric) 
             with (curves / str(seed) / f"{name}.csv").open(encoding="utf-8") as lines:
                 rows = list(csv.DictReader(lines))
             steps, values = [int(row["step"]) for row in rows], [float(row[column]) for row in rows]
+            if name == "validation":
+                steps, values = [0, *steps], [before, *values]
             axes.plot(steps, values, marker="" if name == "loss" else ".", color=COLOURS["finetuned"], alpha=0.8)
             if name == "validation":
-                axes.plot(model["step"], model["after"], "o", markersize=9, fillstyle="none", color=INK)
+                axes.plot(model["step"], model["validation"], "o", markersize=9, fillstyle="none", color=INK)
         axes.set_xlabel("step")
     left.set_title("Training loss")
     right.set_title(f"Validation {title(metric)} (circle: the model)")

@@ -5,7 +5,6 @@ import json
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
@@ -46,8 +45,8 @@ def make_evaluator(
 
 def search_with_encoder(
     evaluator: InformationRetrievalEvaluator, model: SentenceTransformer, devices: list[str]
-) -> tuple[dict[str, float], list[Ranking]]:
-    """Metrics and, for each query, its `DEPTH` best documents; equal scores in the order of the corpus ids.
+) -> list[Ranking]:
+    """For each query its `DEPTH` best documents; equal scores in the order of the corpus ids.
 
     With `devices`, a process on each encodes its part of the texts; without, the model's own device does.
     """
@@ -56,16 +55,15 @@ def search_with_encoder(
     evaluator.embed_inputs = partial(evaluator.embed_inputs, pool=pool)
     try:
         with TemporaryDirectory() as folder:
-            scores = evaluator(model, output_path=folder)
+            evaluator(model, output_path=folder)
             (predictions,) = Path(folder).glob("*_predictions_*.jsonl")
-            rankings = [json.loads(line) for line in predictions.read_text(encoding="utf-8").split("\n") if line]
+            return [json.loads(line) for line in predictions.read_text(encoding="utf-8").split("\n") if line]
     finally:
         if pool:
             model.stop_multi_process_pool(pool)
-    return flat({key.rsplit("_", 1)[-1]: value for key, value in scores.items()}), rankings
 
 
-def search_with_bm25(evaluator: InformationRetrievalEvaluator) -> tuple[dict[str, float], list[Ranking]]:
+def search_with_bm25(evaluator: InformationRetrievalEvaluator) -> list[Ranking]:
     """The same by BM25 (Lucene's variant, k1 1.5, b 0.75, English stop words and stemmer): no weights, no training.
 
     A document that shares no word with the query is not retrieved, so a ranking may be shorter than `DEPTH`.
@@ -89,10 +87,11 @@ def search_with_bm25(evaluator: InformationRetrievalEvaluator) -> tuple[dict[str
         best = [i for i in np.lexsort((id_order, -scores))[:DEPTH] if scores[i] > 0]
         results = [{"corpus_id": evaluator.corpus_ids[i], "score": float(scores[i])} for i in best]
         rankings.append({"query_id": id, "query": query, "results": results})
+    return rankings
+
+
+def mean_scores(rankings: list[Ranking], rows: list[Row]) -> dict[str, float]:
+    """The evaluator's metrics, `ndcg@10` and so on, of the searches for these rows, in the same order."""
+    evaluator = make_evaluator(rows, {}, 1, "", keep_rankings=False)
     by_name = evaluator.compute_metrics([ranking["results"] for ranking in rankings])
-    metrics = {name.replace("@k", f"@{k}"): value for name, by_k in by_name.items() for k, value in by_k.items()}
-    return flat(metrics), rankings
-
-
-def flat(scores: dict[str, Any]) -> dict[str, float]:
-    return {name: rounded(score) for name, score in scores.items()}
+    return {name.replace("@k", f"@{k}"): rounded(score) for name, by_k in by_name.items() for k, score in by_k.items()}
