@@ -1,7 +1,7 @@
 """Benchmark: this repo's training beside sentence-transformers' own trainer; same data, base model, machine and run.
 
-Usage   python benchmarks/bench.py [--bases MODEL ...] [--seeds 42 43 44] [--data hpo-lay mondo] [--tables speed gain]
-        (`make bench`; of the last commit)
+Usage   python benchmarks/bench.py [--bases MODEL ...] [--seeds 42 43 44] [--data hpo-lay mondo] [--rounds 3]
+        [--tables speed gain]   (`make bench`; of the last commit)
 Writes  benchmarks/{speed,gain}-<device>-<precision>.md, in the precision that `auto` takes here; models are thrown away
 
 speed: pairs a second after the first tenth of the steps (or the first step), peak memory; a process for each setting.
@@ -33,7 +33,6 @@ from shared.params import read_params
 PARAMS = read_params()
 TRAIN = PARAMS.train
 PAIRS, PAIRS_ON_A_GPU = 640, 12_800  # of one speed measurement: 20 and 400 steps of the published recipe
-ROUNDS = 3  # of all speed measurements, one after the other, since a machine is not as fast at every minute
 # The order of the columns; the first is taken as the query. The published notebook has them swapped.
 SWAPPED = ["positive", "anchor"]
 MENDED = ["anchor", "positive"]
@@ -88,6 +87,8 @@ def main() -> None:
     parser.add_argument("--bases", nargs="+", default=[PARAMS.models.base])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--data", nargs="+", choices=CARDS, default=["hpo-lay", "mondo"])
+    # Of all speed measurements, one after the other, since a machine is not as fast at every minute.
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tables", nargs="+", choices=("speed", "gain"), default=("speed", "gain"))
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -105,7 +106,11 @@ def main() -> None:
         for name in [name for name in ("speed", "gain") if name in arguments.tables]:
             sections = [describe(clones[0], arguments.seeds)]
             for clone in clones:
-                table = speed(clone, device, precision) if name == "speed" else gain(clone, arguments.seeds)
+                table = (
+                    speed(clone, device, precision, arguments.rounds)
+                    if name == "speed"
+                    else gain(clone, arguments.seeds)
+                )
                 sections += [describe_data(clone), table]
             text = "\n\n".join(sections) + "\n"
             (ROOT / f"benchmarks/{name}-{device}-{precision}.md").write_text(text)
@@ -155,14 +160,14 @@ def base_model(clone: Path) -> str:
     return str(model_folder(base_name(clone), "base"))
 
 
-def speed(clone: Path, device: str, precision: str) -> str:
+def speed(clone: Path, device: str, precision: str, rounds: int) -> str:
     """The table of pairs a second and peak memory, as ratios to the first row; of the rounds' speeds the median."""
     settings, pairs = (SPEED, PAIRS) if device == "cpu" else (SPEED_ON_A_GPU, PAIRS_ON_A_GPU)
     settings = {name: setting for name, setting in settings.items() if precision != "fp32" or "bf16" not in name}
     fixed = {"columns": MENDED, "pairs": pairs, "seed": 42, "learning_rate": 2e-5, "epochs": 1, "model": None}
-    rounds = [{name: run_one(clone, **setting, **fixed) for name, setting in settings.items()} for _ in range(ROUNDS)]
+    measured = [{name: run_one(clone, **setting, **fixed) for name, setting in settings.items()} for _ in range(rounds)]
     speeds, memory = (
-        {name: np.array([own[name][measure] for own in rounds]) for name in settings}
+        {name: np.array([own[name][measure] for own in measured]) for name in settings}
         for measure in ("pairs_a_second", "memory")
     )
     first = next(iter(settings))
