@@ -82,7 +82,6 @@ RECIPES = {
     "learning_rate: 2e-4": Recipe(learning_rate=2e-4),
     "learning_rate: 3e-4": Recipe(learning_rate=3e-4),
     "epochs: 1": Recipe(epochs=1),
-    "epochs: 2.5": Recipe(epochs=2.5),
     "epochs: 3": Recipe(epochs=3),
     "epochs: 3, learning_rate: 1e-4": Recipe(epochs=3, learning_rate=1e-4),
     "epochs: 5": Recipe(epochs=5),
