@@ -104,7 +104,7 @@ def main() -> None:
         device, precision = device_and_precision()
         # Speed first: for the gain this process encodes texts, and a child counts its parent's peak memory as its own.
         for name in [name for name in ("speed", "gain") if name in arguments.tables]:
-            sections = [describe(clones[0], arguments.seeds)]
+            sections = [describe(clones[0], arguments.seeds, arguments.rounds)]
             for clone in clones:
                 table = (
                     speed(clone, device, precision, arguments.rounds)
@@ -127,14 +127,14 @@ def device_and_precision() -> tuple[str, str]:
     return device.type, next((name for name, chosen in choose_precision("auto").items() if chosen), "fp32")
 
 
-def describe(clone: Path, seeds: list[int]) -> str:
+def describe(clone: Path, seeds: list[int], rounds: int) -> str:
     """What was measured, and on what."""
     from shared import environment
 
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=clone, text=True).strip()
     here = environment.describe()
     machine = ", ".join(f"{name} {here[name]}" for name in ("device", "processor", "threads", "torch"))
-    return f"<!-- Written by benchmarks/bench.py: commit {commit}, seeds {seeds}, {machine}. -->"
+    return f"<!-- Written by benchmarks/bench.py: commit {commit}, seeds {seeds}, {rounds} rounds, {machine}. -->"
 
 
 def describe_data(clone: Path) -> str:

@@ -32,13 +32,11 @@ def main() -> None:
         model = encoders.load_encoder(folder, model_name)
         rankings = retrieval.search_with_encoder(evaluator, model, encoders.devices())
     of_validation, of_test = rankings[: len(validation)], rankings[len(validation) :]
-    metrics = retrieval.mean_scores(of_test, test)
+    metrics, on_validation = retrieval.mean_scores(of_test, test), retrieval.mean_scores(of_validation, validation)
 
     records.write_jsonl(records.RANKINGS / f"{baseline}.jsonl", of_test)
     records.write_json(records.METRICS / f"{baseline}.json", metrics)
-    records.write_json(
-        records.METRICS / f"validation/{baseline}.json", retrieval.mean_scores(of_validation, validation)
-    )
+    records.write_json(records.METRICS / f"validation/{baseline}.json", on_validation)
     print(f"{model_name}: NDCG@10 {metrics['ndcg@10']:.4f}, MRR@10 {metrics['mrr@10']:.4f} on {len(test):,} queries")
 
 

@@ -282,7 +282,7 @@ def seeds_in_words(params: Params, seed: int) -> str:
     if len(seeds) == 1:
         return "One seed was trained: its luck is not in the intervals."
     validation = {own: records.read_metrics(f"train/{own}")["validation"] for own in seeds}
-    each = ", ".join(f"{own} {after:.4f}" for own, after in validation.items())
+    each = ", ".join(f"{own} {score:.4f}" for own, score in validation.items())
     test = records.read_metrics("gain")["seeds"]
     return (
         f"This is seed {seed}; validation {report.title(metric)} by seed: {each}."

@@ -289,8 +289,8 @@ def test_arguments(name, licence, words):
 
 def test_validation_chooses_the_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "METRICS", tmp_path)
-    for seed, after in ((42, 0.5), (43, 0.7), (44, 0.7)):
-        records.write_json(tmp_path / f"train/{seed}.json", {"validation": after})
+    for seed, score in ((42, 0.5), (43, 0.7), (44, 0.7)):
+        records.write_json(tmp_path / f"train/{seed}.json", {"validation": score})
     records.write_json(tmp_path / "gain.json", {"seeds": {"42": 0.6, "43": 0.4, "44": 0.5, "mean": 0.5, "sd": 0.1}})
     assert publish.choose_seed(None, [42, 43, 44]) == 43
     assert publish.choose_seed(44, [42, 43, 44]) == 44

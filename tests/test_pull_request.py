@@ -194,13 +194,14 @@ def test_a_damaged_table_of_ranks(repo, clone):
 def test_other_data_are_not_compared(repo, clone):
     lock = clone / "dvc.lock"
     before = lock.read_text()
-    md5 = dict(re.findall(r"data/prepared/(train|test).jsonl\n +hash: md5\n +md5: (\w+)", before))
+    md5 = dict(re.findall(r"data/prepared/(train|validation|test).jsonl\n +hash: md5\n +md5: (\w+)", before))
     lock.write_text(before.replace(md5["test"], "f" * 32))
     text = comment(repo, clone)
     assert "**The test data differ**" in text
     assert "→" not in text.partition("## Fine-tuned against")[0]
-    lock.write_text(before.replace(md5["train"], "f" * 32))  # other training rows may be what the branch is about
-    assert "model is worse than `main`'s" in comment(repo, clone)
+    for split in ("train", "validation"):  # other rows to learn from may be what the branch is about
+        lock.write_text(before.replace(md5[split], "f" * 32))
+        assert "model is worse than `main`'s" in comment(repo, clone)
     lock.write_text(before)
 
 

@@ -69,7 +69,8 @@ def scores(ranks: dict[str, np.ndarray], groups: np.ndarray, metrics: list[Metri
 def training(curves: Path, chosen: dict[int, dict[str, float]], before: float, metric: Metric) -> str:
     """Loss, and score on the validation rows, by step; a line a seed. `curves` holds <seed>/{loss,validation}.csv,
     `chosen` is metrics/train/ by seed: the step of the model, and its score, which is above the line at that step where
-    the base model's weights are mixed in. `before` is the base model's score.
+    the base model's weights are mixed in. `before` is the base model's score (in float32; the others in the precision
+    of training).
     """
     figure, (left, right) = canvas(columns=2)
     for axes, name, column in ((left, "loss", "loss"), (right, "validation", metric)):
