@@ -19,7 +19,7 @@ test: $(BIN)/.installed  ## run the tests (offline, ten to twenty minutes)
 
 # Sorted by the validation score: whoever picks the best by its test score has tuned to the test. Of the other columns,
 # those that differ, and of these the params.
-SHOWN := metrics/(gain.json:validation.after|finetuned.json:(ndcg|mrr)@10)
+SHOWN := ((metrics/gain.json:)?validation.after|metrics/finetuned.json:(ndcg|mrr)@10)
 experiments: $(BIN)/.installed  ## experiments and branches side by side, best on validation rows first
 	dvc exp show --all-branches --only-changed --keep '$(SHOWN)' --sort-by metrics/gain.json:validation.after \
 		--sort-order desc --drop '(?!Experiment|$(SHOWN)|(params.yaml:)?(prepare|models|train|evaluate)\.).*'

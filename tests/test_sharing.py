@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -118,6 +119,15 @@ def assert_nothing_to_do(repo: Repo) -> None:
     before = repo.run("git", "status", "--porcelain").stdout
     assert stages_run(repo, "dvc", "repro") == []
     assert repo.run("git", "status", "--porcelain").stdout == before
+
+
+def test_experiments_are_shown_side_by_side_by_their_validation_score(repo, sweep):
+    (repo.folder / ".venv/bin").mkdir(parents=True, exist_ok=True)
+    (repo.folder / ".venv/bin/.installed").touch()
+    shown = repo.run("make", "--silent", "experiments").stdout
+    assert "validation.after" in shown
+    best_first = sorted(sweep, key=lambda name: validation(sweep[name]), reverse=True)
+    assert re.findall(r"\[(rate-\d)\]", shown) == best_first
 
 
 def test_a_clone_pulls_data_and_model_and_has_nothing_to_run(repo, other):
