@@ -1,6 +1,7 @@
 """The data sets of the benchmarks, prepared by the pipeline's own stage in a clone of the last commit."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ def prepare(clone: Path, card: str, changes: dict[str, object]) -> None:
     if subprocess.check_output(["git", "status", "--porcelain", "--", *measured], cwd=ROOT):
         sys.exit(f"{', '.join(measured)} are not those of the last commit, which is measured; commit them first")
     subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    for own in ("data/cards", "data/raw", "models/local"):  # of which Git may not have all
+        shutil.copytree(ROOT / own, clone / own, dirs_exist_ok=True)
     if card in ONTOLOGIES:
         write_definitions(clone, card)
     yaml, path = YAML(), clone / "params.yaml"

@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", default=PARAMS.models.base)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--data", nargs="+", choices=data.CARDS, default=data.CARDS)
+    parser.add_argument("--data", nargs="+", default=data.CARDS)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     arguments = parser.parse_args()
     base = Path(arguments.base).name
@@ -144,9 +144,7 @@ def train(clone: Path, base_model: str, name: str, seed: int) -> dict[str, list[
     """NDCG@10 on validation rows of the trained model; for START, also of the base model and of averages."""
     recipe = RECIPES[name]
     corpus = {row["id"]: row["text"] for row in data.rows_of(clone, "corpus")}
-    evaluator = retrieval.make_evaluator(
-        data.rows_of(clone, "validation"), corpus, 256, "validation", keep_rankings=False
-    )
+    evaluator = retrieval.make_evaluator(data.rows_of(clone, "validation"), corpus, 256, keep_rankings=False)
     model = encoders.load_encoder(model_folder(base_model, "base"), base_model)
     model.max_seq_length = TOKENS
     in_bf16 = choose_precision("auto")["bf16"]
@@ -258,7 +256,7 @@ def with_hard_negatives(rows: Dataset, model: SentenceTransformer, by: str) -> D
         )
     passages = list(dict.fromkeys(rows["positive"]))
     numbered = [{"id": str(i), "anchor": row["anchor"], "document_id": "0"} for i, row in enumerate(rows)]
-    evaluator = retrieval.make_evaluator(numbered, {str(i): text for i, text in enumerate(passages)}, 64, "train", True)
+    evaluator = retrieval.make_evaluator(numbered, {str(i): text for i, text in enumerate(passages)}, 64, True)
     rankings = retrieval.search_with_bm25(evaluator)
     dice = np.random.default_rng(0)
     found = []
@@ -278,7 +276,7 @@ def encode(model: SentenceTransformer, texts: list[str], precision: torch.autoca
 
 
 def score(model: SentenceTransformer, evaluator: Any) -> float:
-    return round(evaluator(model)[f"validation_{model.similarity_fn_name}_ndcg@10"], 4)
+    return round(evaluator(model)[f"{model.similarity_fn_name}_ndcg@10"], 4)
 
 
 def weights_of(model: SentenceTransformer) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ def main() -> None:
     from shared import encoders, retrieval
 
     # One search for both, so that the passages are encoded once.
-    evaluator = retrieval.make_evaluator(validation + test, corpus, params.evaluate.batch_size, "", keep_rankings=True)
+    evaluator = retrieval.make_evaluator(validation + test, corpus, params.evaluate.batch_size, keep_rankings=True)
     if folder is None:
         rankings = retrieval.search_with_bm25(evaluator)
     else:

@@ -44,7 +44,7 @@ def main() -> None:
     from shared import encoders, retrieval
 
     # 1. Search with each fine-tuned model, as the baselines did.
-    evaluator = retrieval.make_evaluator(test, corpus, params.evaluate.batch_size, "test", keep_rankings=True)
+    evaluator = retrieval.make_evaluator(test, corpus, params.evaluate.batch_size, keep_rankings=True)
     devices = encoders.devices()
     rankings["finetuned"] = [retrieval.search_with_encoder(evaluator, load_finetuned(seed), devices) for seed in seeds]
     by_seed = [retrieval.mean_scores(ranking, test) for ranking in rankings["finetuned"]]

@@ -97,13 +97,11 @@ def main() -> None:
     if is_main_process:
         lock(seed)
     model = encoders.load_encoder(base, params.models.base)
-    evaluator = retrieval.make_evaluator(
-        validation, corpus, params.evaluate.batch_size, "validation", keep_rankings=False
-    )
+    evaluator = retrieval.make_evaluator(validation, corpus, params.evaluate.batch_size, keep_rankings=False)
     # Encoded in the precision of training, and compared in float32, in which near scores do not tie.
     precision = autocast(arguments, model.device)
     evaluator.embed_inputs = convert_outputs_to_fp32(precision(evaluator.embed_inputs))
-    score_name = f"validation_{model.similarity_fn_name}_{metric}"
+    score_name = f"{model.similarity_fn_name}_{metric}"
 
     # 2. The data: the loss takes the first column as the query and every further column as a passage.
     pairs = Dataset.from_list([{"anchor": row["anchor"], "positive": row["positive"]} for row in train])
@@ -136,6 +134,11 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     if not is_main_process:
         return
+    if not trainer.state.global_step:
+        raise InputError(
+            f"params.yaml: train.batch_size is {params.train.batch_size}, which {len(train)} training pairs do not"
+            " fill, and an incomplete batch is left out; take a smaller one"
+        )
 
     # 4. The checkpoint that validation prefers; with a share of the base model's weights in it, if it prefers that.
     state = trainer.state

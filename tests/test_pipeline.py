@@ -85,7 +85,7 @@ def test_an_independent_scorer_agrees(repo, model):
 
 def test_the_base_is_scored_on_validation_rows_as_by_a_search_for_them_alone(repo, static_model):
     corpus = {row["id"]: row["text"] for row in rows(repo, "prepared/corpus.jsonl")}
-    evaluator = make_evaluator(rows(repo, "prepared/validation.jsonl"), corpus, 64, "alone", keep_rankings=False)
+    evaluator = make_evaluator(rows(repo, "prepared/validation.jsonl"), corpus, 64, keep_rankings=False)
     alone = evaluator(load_encoder(static_model, "static"))
     scores = {name.rsplit("_", 1)[-1]: score for name, score in alone.items()}
     assert read(repo, "validation/base.json") == pytest.approx(scores, abs=1e-6)

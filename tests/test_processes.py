@@ -112,8 +112,15 @@ def test_as_many_processes_as_params_yaml_says(repo):
     assert "train: batch_size 16 should be a multiple of processes 3" in wrong.stderr
 
 
+def test_several_processes_with_too_few_pairs_for_a_batch_say_so(repo):
+    repo.set(**{"train.processes": 2, "train.batch_size": 4096})
+    wrong = repo.run("python", "stages/train.py", "42", check=False)
+    assert wrong.stderr.count("train.batch_size is 4096, which") == 1
+    assert "Traceback" not in wrong.stderr
+
+
 def test_a_pool_of_devices_finds_what_one_device_finds(static_model):
-    evaluator = retrieval.make_evaluator(ROWS, CORPUS, 64, "test", keep_rankings=True)
+    evaluator = retrieval.make_evaluator(ROWS, CORPUS, 64, keep_rankings=True)
     model = encoders.load_encoder(static_model, "static")
     alone, pooled = (retrieval.search_with_encoder(evaluator, model, devices) for devices in ([], ["cpu", "cpu"]))
     assert retrieval.mean_scores(pooled, ROWS) == retrieval.mean_scores(alone, ROWS)

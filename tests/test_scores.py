@@ -56,7 +56,7 @@ def test_the_other_protocol_is_what_a_search_under_it_finds(static_model):
     for merged in (True, False):
         assign_documents(rows, merged)
         corpus = {row["document_id"]: row["positive"] for row in rows}
-        rankings = search_with_encoder(make_evaluator(rows, corpus, 8, "test", keep_rankings=True), model, [])
+        rankings = search_with_encoder(make_evaluator(rows, corpus, 8, keep_rankings=True), model, [])
         searched[merged] = ranks_of(rankings, rows), ranks_in_other_protocol(rankings, rows, rows, merged)
     assert not np.array_equal(searched[True][0], searched[False][0])
     for merged in (True, False):

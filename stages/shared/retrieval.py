@@ -19,11 +19,11 @@ CUTOFFS = [1, 3, 5, 10]
 
 
 def make_evaluator(
-    rows: list[Row], corpus: dict[str, str], batch_size: int, name: str, keep_rankings: bool
+    rows: list[Row], corpus: dict[str, str], batch_size: int, keep_rankings: bool
 ) -> InformationRetrievalEvaluator:
     """Each row's anchor is a query, its document the one relevant passage, and the whole corpus is searched.
 
-    Called with a model, it returns the metrics as `<name>_<similarity>_ndcg@10` and so on. `keep_rankings` is for
+    Called with a model, it returns the metrics as `<similarity>_ndcg@10` and so on. `keep_rankings` is for
     `search_with_encoder`.
     """
     return InformationRetrievalEvaluator(
@@ -39,7 +39,6 @@ def make_evaluator(
         show_progress_bar=True,
         write_csv=False,
         write_predictions=keep_rankings,
-        name=name,
     )
 
 
@@ -92,6 +91,6 @@ def search_with_bm25(evaluator: InformationRetrievalEvaluator) -> list[Ranking]:
 
 def mean_scores(rankings: list[Ranking], rows: list[Row]) -> dict[str, float]:
     """The evaluator's metrics, `ndcg@10` and so on, of the searches for these rows, in the same order."""
-    evaluator = make_evaluator(rows, {}, 1, "", keep_rankings=False)
+    evaluator = make_evaluator(rows, {}, 1, keep_rankings=False)
     by_name = evaluator.compute_metrics([ranking["results"] for ranking in rankings])
     return {name.replace("@k", f"@{k}"): rounded(score) for name, by_k in by_name.items() for k, score in by_k.items()}

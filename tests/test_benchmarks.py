@@ -1,0 +1,43 @@
+"""The benchmark compares this training with the library's own trainer, on a user's own data and model too."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def repo(make_repo, small_bert):
+    """With a card, its data and a model that are not committed."""
+    repo = make_repo()
+    shutil.copytree(small_bert, repo.folder / "models/local/base/own")
+    pairs = [{"question": f"what is term{i}", "answer": f"term{i} is thing{i * 7}"} for i in range(200)]
+    (repo.folder / "data/raw/own.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (repo.folder / "data/cards/own.yaml").write_text(
+        "title: Own\nsource: files\npath: data/raw/own.jsonl\n"
+        "columns: {anchor: question, positive: answer}\nlicence: CC0\ncitation: none\n"
+    )
+    return repo
+
+
+def test_the_gain_on_own_data_stands_beside_the_published_recipe(repo):
+    bench = "benchmarks/bench.py --tables gain --seeds 42 --data own --bases ./models/local/base/own"
+    printed = repo.run("python", *bench.split()).stdout
+    (written,) = repo.folder.glob("benchmarks/gain-cpu-*.md")
+    assert written.read_text() in printed
+    ndcg = dict(re.findall(r"^\| (.+?) +\| (0\.\d{4})", written.read_text(), re.MULTILINE))
+    assert list(ndcg) == [
+        "base",
+        "published recipe",
+        "published recipe, columns mended (first seed)",
+        "this repo's default",
+    ]
+    assert len(set(ndcg.values())) > 1
+    assert "**Own**, own: 153 training pairs" in written.read_text()
+
+
+def test_an_unknown_card_is_named_without_a_traceback(repo):
+    wrong = repo.run("python", "benchmarks/bench.py", "--data", "unknown", check=False)
+    assert "there is no data/cards/unknown.yaml" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
