@@ -73,6 +73,11 @@ def main() -> None:
         raise InputError(f"params.yaml: train.seeds is {params.train.seeds}, which has no {seed}; add it there first")
     train, validation, corpus = records.read_split("train"), records.read_split("validation"), records.read_corpus()
     base = sources.model_folder(params.models.base, "base")
+    if len(train) < params.train.batch_size and params.train.processes > 1:
+        raise InputError(
+            f"params.yaml: train.batch_size is {params.train.batch_size}, which {len(train)} training pairs do not"
+            " fill, and several processes leave an incomplete batch out; take a smaller one"
+        )
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes == 1 < params.train.processes:
         sys.exit(launch(params.train.processes))
@@ -134,11 +139,6 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     if not is_main_process:
         return
-    if not trainer.state.global_step:
-        raise InputError(
-            f"params.yaml: train.batch_size is {params.train.batch_size}, which {len(train)} training pairs do not"
-            " fill, and an incomplete batch is left out; take a smaller one"
-        )
 
     # 4. The checkpoint that validation prefers; with a share of the base model's weights in it, if it prefers that.
     state = trainer.state
