@@ -25,7 +25,7 @@ def test_the_gain_on_own_data_stands_beside_the_published_recipe(repo):
     bench = "benchmarks/bench.py --tables gain --seeds 42 --data own --bases ./models/local/base/own"
     printed = repo.run("python", *bench.split()).stdout
     assert any(path.read_text() in printed for path in repo.folder.glob("benchmarks/gain-cpu-*.md"))
-    assert re.search(r"\*\*Own\*\*, own: 1\d\d training pairs", printed)
+    assert re.search(r"\*\*own\*\*, own: 1\d\d training pairs", printed)
     ndcg = {name: float(mean) for name, mean in re.findall(r"^\| (.+?) +\| (\d\.\d{4})", printed, re.MULTILINE)}
     published, mended = "published recipe", "published recipe, columns mended (first seed)"
     assert list(ndcg) == ["base", published, mended, "this repo's default"]
