@@ -21,7 +21,7 @@ CARDS = ["hpo-lay", *ONTOLOGIES]
 
 
 def prepare(clone: Path, card: str, changes: dict[str, object]) -> None:
-    """Clone the last commit, change params by their dotted names, and run its stage `prepare`."""
+    """Clone the last commit, change params by their dotted names, and run its stage `prepare` on this folder's data."""
     measured = ["stages", "params.yaml", "benchmarks/*.py"]
     if subprocess.check_output(["git", "status", "--porcelain", "--", *measured], cwd=ROOT):
         sys.exit(f"{', '.join(measured)} are not those of the last commit, which is measured; commit them first")
@@ -36,7 +36,8 @@ def prepare(clone: Path, card: str, changes: dict[str, object]) -> None:
         section, key = name.split(".")
         params[section][key] = value
     yaml.dump(params, path)
-    subprocess.run([sys.executable, "stages/prepare.py"], cwd=clone, check=True)
+    if subprocess.run([sys.executable, "stages/prepare.py"], cwd=clone).returncode:
+        sys.exit(1)  # it has said why
 
 
 def write_definitions(clone: Path, card: str) -> None:

@@ -32,7 +32,9 @@ def test_the_gain_on_own_data_stands_beside_the_published_recipe(repo):
     assert ndcg["base"] < ndcg["this repo's default"]
 
 
-def test_an_unknown_card_is_named_without_a_traceback(repo):
-    wrong = repo.run("python", "benchmarks/bench.py", "--data", "unknown", check=False)
+@pytest.mark.parametrize("benchmark", ["bench", "recipes"])
+def test_an_unknown_card_is_named_without_a_traceback(repo, benchmark):
+    wrong = repo.run("python", f"benchmarks/{benchmark}.py", "--data", "unknown", check=False)
+    assert wrong.returncode == 1
     assert "there is no data/cards/unknown.yaml" in wrong.stderr
     assert "Traceback" not in wrong.stderr
