@@ -67,6 +67,10 @@ class Recipe:
     negatives: str = ""  # by what one hard negative for each pair is found
     matryoshka: bool = False
     frozen_words: bool = False
+    muon: float = 0.0  # learning rate of the matrices of the layers, by Muon in place of AdamW
+    lowest: float = (
+        1.0  # share of the learning rate at the word vectors; it rises by the same factor from layer to layer
+    )
     columns: tuple[str, str] = ("anchor", "positive")
 
 
@@ -104,6 +108,9 @@ RECIPES = {
     "Matryoshka (all, 1/2, 1/4 of the dimensions)": Recipe(matryoshka=True),
     "weight decay 0.1": Recipe(weight_decay=0.1),
     "cosine schedule": Recipe(schedule="cosine"),
+    "Muon for the layers' matrices, at 6e-4": Recipe(muon=6e-4),
+    "Muon for the layers' matrices, at 8e-4": Recipe(muon=8e-4),
+    "learning_rate: 3e-4 at the top, falling to a quarter at the word vectors": Recipe(3e-4, lowest=0.25),
 }
 LATE = "weights averaged over the last third of the steps"
 BASE = "the base model"
@@ -176,10 +183,9 @@ def train(clone: Path, base_model: str, name: str, seed: int) -> dict[str, list[
     collate = ChunkedCollator(model.preprocess, **chunk_shape(in_bf16))
     sampler = NoDuplicatesBatchSampler(rows, recipe.batch_size, False, generator=torch.Generator(), seed=seed)
     steps = int(np.ceil(recipe.epochs * len(sampler)))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-    )
-    schedule = get_scheduler(recipe.schedule, optimizer, int(np.ceil(recipe.warmup * steps)), steps)
+    optimizers = optimizers_of(model, recipe)
+    warmup = int(np.ceil(recipe.warmup * steps))
+    schedules = [get_scheduler(recipe.schedule, optimizer, warmup, steps) for optimizer in optimizers]
     late, taken, done = {}, 0, 0
     progress = tqdm(total=steps, desc=f"{clone.name}, {name}, seed {seed}")
     model.train()
@@ -195,9 +201,10 @@ def train(clone: Path, base_model: str, name: str, seed: int) -> dict[str, list[
             with plain_attention(model) if model.device.type == "cpu" else nullcontext():  # as ChunkedTrainer
                 step_loss(chunks, labels).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
             progress.update()
             done += 1
             if name == START and done > 2 * steps / 3:
@@ -211,6 +218,29 @@ def train(clone: Path, base_model: str, name: str, seed: int) -> dict[str, list[
             model.load_state_dict(mixed(weights, base, share))
             scores[own].append(score(model, evaluator))
     return {own: one for own, one in scores.items() if one}
+
+
+def optimizers_of(model: SentenceTransformer, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon (Jordan et al. 2024, at the scale of AdamW's updates) for the matrices of the layers if asked."""
+    layers = model.transformers_model.encoder.layer
+    matrices = {weight for weight in layers.parameters() if recipe.muon and weight.ndim == 2}
+    parts = [model.transformers_model.embeddings, *layers]
+    rates = {
+        weight: recipe.learning_rate * recipe.lowest ** (1 - place / len(layers))
+        for place, part in enumerate(parts)
+        for weight in part.parameters()
+    }
+    groups = [
+        {"params": [weight], "lr": rates.get(weight, recipe.learning_rate)}
+        for weight in model.parameters()
+        if weight not in matrices
+    ]
+    optimizers = [torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)]
+    if matrices:
+        options = {"weight_decay": recipe.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        in_order = [weight for weight in layers.parameters() if weight in matrices]
+        optimizers.append(torch.optim.Muon(in_order, lr=recipe.muon, **options))
+    return optimizers
 
 
 class MaskedSimilarity:
