@@ -222,20 +222,25 @@ def gain(clone: Path, seeds: list[int]) -> str:
         if name == "base":
             rows.append([name, f"{own.mean():.4f}", "", "", "", ""])
             continue
-        over_base = own.mean() - base.mean()
-        against = significance.compare(own, stock[: len(own)], groups)
+        published_gain = stock[: len(own)].mean() - base.mean()
+        over_base = significance.compare(own, base, groups)
+        over_stock = significance.compare(own, stock[: len(own)], groups)
         rows.append(
             [
                 name,
                 f"{own.mean():.4f}" + (f" (sd {own.mean(axis=1).std(ddof=1):.4f})" if len(own) > 1 else ""),
-                f"{over_base:+.4f}",
-                f"{over_base / (stock[: len(own)].mean() - base.mean()):.2f}",
-                "" if name == published else f"{against.gain:+.4f} ({against.low:+.4f} to {against.high:+.4f})",
+                with_interval(over_base),
+                f"{over_base.gain / published_gain:.2f}",
+                "" if name == published else with_interval(over_stock),
                 f"{np.mean(seconds[name]) / np.mean(seconds[published]):.2f}",
             ]
         )
-    headers = ["recipe", "NDCG@10", "gain over base", "times", "over published (95%)", "wall time"]
+    headers = ["recipe", "NDCG@10", "gain over base (95%)", "times", "over published (95%)", "wall time"]
     return tabulate(rows, headers, "github", disable_numparse=True)
+
+
+def with_interval(comparison: Any) -> str:
+    return f"{comparison.gain:+.4f} ({comparison.low:+.4f} to {comparison.high:+.4f})"
 
 
 def query_scores(clone: Path, model: str) -> np.ndarray:
