@@ -221,25 +221,26 @@ def train(clone: Path, base_model: str, name: str, seed: int) -> dict[str, list[
 
 
 def optimizers_of(model: SentenceTransformer, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon (Jordan et al. 2024, at the scale of AdamW's updates) for the matrices of the layers if asked."""
-    layers = model.transformers_model.encoder.layer
-    matrices = {weight for weight in layers.parameters() if recipe.muon and weight.ndim == 2}
-    parts = [model.transformers_model.embeddings, *layers]
-    rates = {
-        weight: recipe.learning_rate * recipe.lowest ** (1 - place / len(layers))
+    """AdamW, and Muon (Jordan et al. 2024, at the scale of AdamW's updates) for the layers' matrices if asked."""
+    transformer = model.transformers_model
+    linear = [module for module in transformer.modules() if recipe.muon and isinstance(module, torch.nn.Linear)]
+    matrices = dict.fromkeys(module.weight for module in linear)  # a set in order
+    # From the bottom up; only the names of BERT, MPNet and their like are known here.
+    parts = [transformer.embeddings, *transformer.encoder.layer] if recipe.lowest < 1 else []
+    shares = {
+        weight: recipe.lowest ** (1 - place / (len(parts) - 1))
         for place, part in enumerate(parts)
         for weight in part.parameters()
     }
     groups = [
-        {"params": [weight], "lr": rates.get(weight, recipe.learning_rate)}
+        {"params": [weight], "lr": recipe.learning_rate * shares.get(weight, 1.0)}
         for weight in model.parameters()
         if weight not in matrices
     ]
     optimizers = [torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)]
     if matrices:
         options = {"weight_decay": recipe.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        in_order = [weight for weight in layers.parameters() if weight in matrices]
-        optimizers.append(torch.optim.Muon(in_order, lr=recipe.muon, **options))
+        optimizers.append(torch.optim.Muon(list(matrices), lr=recipe.muon, **options))
     return optimizers
 
 
