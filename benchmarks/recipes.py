@@ -68,9 +68,7 @@ class Recipe:
     matryoshka: bool = False
     frozen_words: bool = False
     muon: float = 0.0  # learning rate of the matrices of the layers, by Muon in place of AdamW
-    lowest: float = (
-        1.0  # share of the learning rate at the word vectors; it rises by the same factor from layer to layer
-    )
+    lowest: float = 1.0  # share of the learning rate at the word vectors; each layer above has the same factor more
     columns: tuple[str, str] = ("anchor", "positive")
 
 
