@@ -317,7 +317,7 @@ def train_one(
     )
     if chunks:
         loss = by_length.ChunkedRankingLoss(encoder, autocast(arguments, encoder.device))
-        collator = by_length.ChunkedCollator(encoder.preprocess, **by_length.chunk_shape(arguments.bf16))
+        collator = by_length.ChunkedCollator(encoder.preprocess, **by_length.chunk_shape(encoder, arguments.bf16))
     else:
         loss, collator = MultipleNegativesRankingLoss(encoder), SentenceTransformerDataCollator(encoder.preprocess)
     times: dict[int, float] = {}

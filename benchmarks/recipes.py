@@ -178,7 +178,7 @@ def train(clone: Path, base_model: str, name: str, seed: int) -> dict[str, list[
     step_loss = MatryoshkaLoss(model, loss, sizes) if recipe.matryoshka else loss
     if recipe.frozen_words:
         model.transformers_model.get_input_embeddings().requires_grad_(False)
-    collate = ChunkedCollator(model.preprocess, **chunk_shape(in_bf16))
+    collate = ChunkedCollator(model.preprocess, **chunk_shape(model, in_bf16))
     sampler = NoDuplicatesBatchSampler(rows, recipe.batch_size, False, generator=torch.Generator(), seed=seed)
     steps = int(np.ceil(recipe.epochs * len(sampler)))
     optimizers = optimizers_of(model, recipe)

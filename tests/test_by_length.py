@@ -13,6 +13,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Dense
 
 from shared.by_length import ChunkedCollator, ChunkedRankingLoss, ChunkedTrainer, chunk_shape, rounded_up, split
 from train import SYMMETRIC, set_dropout
@@ -109,15 +110,16 @@ def test_in_bf16_gradients_are_off_by_less_than_one_rounding(small_bert):
 
 
 @pytest.mark.parametrize("in_bf16", [False, True])
-def test_the_trainer_takes_the_chunks_of_its_precision(small_bert, static_model, tmp_path, in_bf16):
+def test_the_trainer_takes_the_chunks_of_its_precision_and_model(small_bert, static_model, tmp_path, in_bf16):
     arguments = SentenceTransformerTrainingArguments(str(tmp_path), bf16=in_bf16, use_cpu=True, report_to="none")
-    for folder, rounds_up in ((small_bert, in_bf16), (static_model, False)):
-        model = SentenceTransformer(str(folder), device="cpu")
+    narrow, static = (SentenceTransformer(str(folder), device="cpu") for folder in (small_bert, static_model))
+    wide = SentenceTransformer(modules=[*narrow, Dense(32, 768)], device="cpu")
+    for model, rounds_up in ((narrow, in_bf16), (static, False), (wide, False)):
         rows = Dataset.from_list(random_rows(0, 8))
         collator = ChunkedTrainer(model, arguments, rows, loss=ChunkedRankingLoss(model, nullcontext())).data_collator
-        expected = chunk_shape(rounds_up)
+        expected = chunk_shape(model, in_bf16)
         assert (collator.chunk_tokens, collator.multiple) == (expected["chunk_tokens"], expected["multiple"])
-    assert torch.accelerator.is_available() or chunk_shape(True) != chunk_shape(False)
+        assert (collator.multiple > 1) == (rounds_up and not torch.accelerator.is_available())
 
 
 def test_static_word_vectors_train_the_same(static_model):
