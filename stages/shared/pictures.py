@@ -19,9 +19,8 @@ from shared.scores import score
 COLOURS = {"base": "#8c959f", "reference": "#d4a72c", "finetuned": "#2f81f7"}
 RANK_GROUPS = {"1": 1, "2–3": 3, "4–10": 10, "11–100": 100, "not in 100": np.inf}  # and the last rank of each
 LENGTH_CLASSES = 5
-# Stand-ins that matplotlib draws with, and what they become in light and in dark.
-INK, PAPER, FAINT = "#010101", "#fefefe", "#d1d1d1"
-THEMES = {"light": ("#1f2328", "#ffffff", "#d1d9e0"), "dark": ("#f0f6fc", "#0d1117", "#3d444d")}
+INK, PAPER, FAINT = "#1f2328", "#ffffff", "#d1d9e0"
+IN_DARK = {INK: "#f0f6fc", PAPER: "#0d1117", FAINT: "#3d444d"}
 
 matplotlib.rcdefaults()  # a user's matplotlibrc would change the bytes
 matplotlib.rcParams.update(
@@ -143,7 +142,7 @@ def gain_by_length(gains: np.ndarray, groups: np.ndarray, words: np.ndarray, met
     whiskers(axes, places, heights, intervals)
     axes.axhline(0, color=INK, linewidth=0.8)
     lows, highs = np.transpose(intervals)
-    axes.set_ylim(min(-0.1, *lows), max(0.5, *highs))  # mostly the same, so that two pictures can be compared
+    axes.set_ylim(min(-0.1, *lows - 0.02), max(0.5, *highs + 0.02))  # mostly the same, so that two pictures can be compared
     axes.set_xticks(places, labels)
     axes.set_xlabel("words in the query")
     axes.set_title(f"Gain in {title(metric)} over the base model, by query length; whiskers: 95%")
@@ -184,10 +183,11 @@ def legend_below(figure: Figure, axes: Axes) -> None:
 def svg(figure: Figure) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    picture = text.getvalue()
-    for name, colour in (("ink", INK), ("paper", PAPER), ("faint", FAINT)):
-        picture = picture.replace(colour, f"var(--{name})")
-    light, dark = (f":root {{ --ink: {a}; --paper: {b}; --faint: {c} }}" for a, b, c in THEMES.values())
-    style = f"<style>{light} @media (prefers-color-scheme: dark) {{ {dark} }}</style>"
-    head, defs, rest = picture.partition("<defs>")
-    return head + style + "\n  " + defs + rest
+    # Viewers that know no themes (and no CSS variables) show the colours as drawn.
+    dark = [
+        f'[style*="{role}: {colour}"] {{ {role}: {other} !important }}'
+        for colour, other in IN_DARK.items()
+        for role in ("fill", "stroke")
+    ]
+    head, defs, rest = text.getvalue().partition("<defs>")
+    return head + f"<style>@media (prefers-color-scheme: dark) {{ {' '.join(dark)} }}</style>\n  " + defs + rest
