@@ -45,7 +45,8 @@ STOCK = {
     "precision": "fp16",
     "dropout": "model",
     "keep_memory": False,
-    "plain_attention": False,
+    "cudnn_attention": True,
+    "gradient_share": 1.0,
 }
 OURS = {
     "batch_size": TRAIN.batch_size,
@@ -53,8 +54,10 @@ OURS = {
     "precision": "auto",
     "dropout": TRAIN.dropout,
     "keep_memory": True,
-    "plain_attention": True,
+    "cudnn_attention": False,
+    "gradient_share": TRAIN.gradient_share,
 }
+ALL = {"gradient_share": 1.0}
 KEPT = {"precision": "auto", "keep_memory": True}
 LIBRARY = "sentence-transformers' trainer"
 BATCH = f"+ batch {TRAIN.batch_size}"
@@ -65,20 +68,21 @@ SPEED = {
     "+ bf16": STOCK | {"chunks": True, "precision": "auto"},
     "+ freed memory kept": STOCK | {"chunks": True} | KEPT,
     BATCH: STOCK | {"chunks": True, "batch_size": TRAIN.batch_size} | KEPT,
-    "+ no dropout": OURS | {"plain_attention": False},
-    "+ plain attention: this repo's default": OURS,
+    "+ no dropout": OURS | ALL,
+    "+ backward for a share of the gradient: this repo's default": OURS,
     "the default without bf16": OURS | {"precision": "fp32"},
-    f"{LIBRARY}, the default's params, freed memory kept": OURS | {"chunks": False, "plain_attention": False},
+    f"{LIBRARY}, the default's params, freed memory kept": OURS | {"chunks": False},
 }
 # There freed memory is always kept.
 SPEED_ON_A_GPU = {
     f"{LIBRARY}, published recipe": STOCK,
     f"{LIBRARY}, + bf16": STOCK | {"precision": "auto"},
     "+ chunks of like length": STOCK | {"chunks": True, "precision": "auto"},
-    f"{BATCH}, no dropout": OURS | {"plain_attention": False},
-    "+ attention not by cuDNN: this repo's default": OURS,
+    f"{BATCH}, no dropout": OURS | ALL | {"cudnn_attention": True},
+    "+ attention not by cuDNN": OURS | ALL,
+    "+ backward for a share of the gradient: this repo's default": OURS,
     "the default without bf16": OURS | {"precision": "fp32"},
-    f"{LIBRARY}, the default's params": OURS | {"chunks": False, "plain_attention": False},
+    f"{LIBRARY}, the default's params": OURS | {"chunks": False, "cudnn_attention": True},
 }
 
 
@@ -268,7 +272,8 @@ def train_one(
     precision: str,
     dropout: float | str,
     keep_memory: bool,
-    plain_attention: bool,
+    cudnn_attention: bool,
+    gradient_share: float,
     batch_size: int,
     learning_rate: float,
     epochs: float,
@@ -276,7 +281,7 @@ def train_one(
     seed: int,
     model: str | None,
 ) -> dict[str, float]:
-    """By the library's trainer, with its own collator and loss or with this repo's; nothing is evaluated in between."""
+    """By the library's trainer, with its own loss or with this repo's; nothing is evaluated in between."""
     import torch
     from datasets import Dataset
     from sentence_transformers import (
@@ -285,7 +290,6 @@ def train_one(
         SentenceTransformerTrainingArguments,
     )
     from sentence_transformers.base.sampler import BatchSamplers
-    from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from transformers import TrainerCallback
 
@@ -295,7 +299,7 @@ def train_one(
     if keep_memory:
         encoders.keep_freed_memory()
     encoder = SentenceTransformer(base_model(Path(clone)))
-    torch.backends.cuda.enable_cudnn_sdp(not plain_attention)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
     set_dropout(encoder, dropout)
     rows = [{column: row[column] for column in columns} for row in rows_of(Path(clone), "train")]
     if precision == "fp16" and not torch.cuda.is_available():
@@ -316,10 +320,14 @@ def train_one(
         disable_tqdm=False,
     )
     if chunks:
-        loss = by_length.ChunkedRankingLoss(encoder, autocast(arguments, encoder.device))
-        collator = by_length.ChunkedCollator(encoder.preprocess, **by_length.chunk_shape(encoder, arguments.bf16))
+        loss = by_length.ChunkedRankingLoss(
+            encoder,
+            autocast(arguments, encoder.device),
+            **by_length.chunk_shape(encoder, arguments.bf16),
+            gradient_share=gradient_share,
+        )
     else:
-        loss, collator = MultipleNegativesRankingLoss(encoder), SentenceTransformerDataCollator(encoder.preprocess)
+        loss = MultipleNegativesRankingLoss(encoder)
     times: dict[int, float] = {}
 
     class Clock(TrainerCallback):
@@ -329,13 +337,11 @@ def train_one(
                     torch.accelerator.synchronize()
                 times[state.global_step] = time.perf_counter()
 
-    trainer = by_length.ChunkedTrainer if plain_attention else SentenceTransformerTrainer
-    trainer(
+    SentenceTransformerTrainer(
         model=encoder,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         loss=loss,
-        data_collator=collator,
         callbacks=[Clock()],
     ).train()
     if model:

@@ -13,7 +13,6 @@ import copy
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -27,6 +26,7 @@ from accelerate.utils import convert_outputs_to_fp32, send_to_device
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, mine_hard_negatives
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.util import cos_sim
 from tabulate import tabulate
@@ -35,7 +35,7 @@ from transformers import get_scheduler
 
 sys.path.insert(0, str(data.ROOT / "stages"))
 from shared import encoders, retrieval
-from shared.by_length import ChunkedCollator, ChunkedRankingLoss, chunk_shape, plain_attention
+from shared.by_length import ChunkedRankingLoss, chunk_shape
 from shared.params import read_params
 from shared.sources import model_folder
 from train import SYMMETRIC, choose_precision, mixed, set_dropout
@@ -56,6 +56,7 @@ class Recipe:
     epochs: float = 2
     batch_size: int = 128
     hardness: float = 5.0
+    gradient_share: float = 1.0
     warmup: float = 0.1
     dropout: float | str = 0.0
     scale: float = 20.0
@@ -87,6 +88,7 @@ RECIPES = {
     "epochs: 3": Recipe(epochs=3),
     "epochs: 3, learning_rate: 1e-4": Recipe(epochs=3, learning_rate=1e-4),
     "epochs: 5": Recipe(epochs=5),
+    "epochs: 5, gradient_share: 0.95": Recipe(epochs=5, gradient_share=0.95),
     "batch_size: 64": Recipe(batch_size=64),
     "batch_size: 64, learning_rate: 1e-4": Recipe(batch_size=64, learning_rate=1e-4),
     "batch_size: 256": Recipe(batch_size=256),
@@ -168,6 +170,8 @@ def train(clone: Path, base_model: str, name: str, seed: int) -> dict[str, list[
     loss = ChunkedRankingLoss(
         model,
         precision,
+        **chunk_shape(model, in_bf16),
+        gradient_share=recipe.gradient_share,
         scale=recipe.scale,
         similarity_fct=similarity,
         hardness_mode="in_batch_negatives",
@@ -178,7 +182,7 @@ def train(clone: Path, base_model: str, name: str, seed: int) -> dict[str, list[
     step_loss = MatryoshkaLoss(model, loss, sizes) if recipe.matryoshka else loss
     if recipe.frozen_words:
         model.transformers_model.get_input_embeddings().requires_grad_(False)
-    collate = ChunkedCollator(model.preprocess, **chunk_shape(model, in_bf16))
+    collate = SentenceTransformerDataCollator(model.preprocess)
     sampler = NoDuplicatesBatchSampler(rows, recipe.batch_size, False, generator=torch.Generator(), seed=seed)
     steps = int(np.ceil(recipe.epochs * len(sampler)))
     optimizers = optimizers_of(model, recipe)
@@ -193,11 +197,10 @@ def train(clone: Path, base_model: str, name: str, seed: int) -> dict[str, list[
         batches = alike_batches(guide["positive"].cpu().numpy(), recipe, dice) if recipe.alike else sampler
         for places in islice(batches, steps - done):
             batch = send_to_device(collate([rows[one] for one in places]), model.device)
-            chunks, labels = SentenceTransformerTrainer.collect_features(None, batch)
+            columns, labels = SentenceTransformerTrainer.collect_features(None, batch)
             if recipe.mask:
                 similarity.left_out = left_out(recipe.mask, guide["anchor"][places], guide["positive"][places])
-            with plain_attention(model) if model.device.type == "cpu" else nullcontext():  # as ChunkedTrainer
-                step_loss(chunks, labels).backward()
+            step_loss(columns, labels).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
                 optimizer.step()

@@ -90,6 +90,7 @@ def main() -> None:
     # Ten seconds of imports: after the checks above, so that errors come at once.
     from accelerate.utils import broadcast_object_list, convert_outputs_to_fp32
     from datasets import Dataset
+    from sentence_transformers import SentenceTransformerTrainer
 
     from shared import by_length, encoders, environment, retrieval
 
@@ -117,13 +118,15 @@ def main() -> None:
         arguments, output_dir=str(scratch), metric_for_best_model=f"eval_{score_name}", prompts=prompts(model)
     )
     is_cosine = model.similarity_fn_name == "cosine"
-    trainer = by_length.ChunkedTrainer(
+    trainer = SentenceTransformerTrainer(
         model=model,
         args=arguments,
         train_dataset=pairs,
         loss=by_length.ChunkedRankingLoss(
             model,
             precision,
+            **by_length.chunk_shape(model, arguments.bf16),
+            gradient_share=params.train.gradient_share,
             # The loss compares texts as retrieval will; scale and hardness are for cosines, which lie in -1 to 1.
             scale=params.train.scale if is_cosine else 1.0,
             similarity_fct=model.similarity,

@@ -100,6 +100,7 @@ def contents(repo) -> dict[Path, bytes]:
         ("train.processes", 3, ["train: batch_size 16 should be a multiple of processes 3"]),
         ("train.batch_size", 1, ["train.batch_size is 1", "greater than or equal to 2"]),
         ("train.base_share", 1, ["train.base_share is 1", "less than 1"]),
+        ("train.gradient_share", 0, ["train.gradient_share is 0", "greater than 0"]),
         ("train.seeds", [], ["train.seeds is []: should have at least 1 item"]),
         ("train.seeds", [42, 42], ["train.seeds is [42, 42]", "each seed stands once"]),
         ("train.seeds", [-1], ["train.seeds.0 is -1", "greater than or equal to 0"]),

@@ -5,17 +5,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from datasets import Dataset
-from sentence_transformers import (
-    SentenceTransformer,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Dense
 
-from shared.by_length import ChunkedCollator, ChunkedRankingLoss, ChunkedTrainer, chunk_shape, rounded_up, split
+from shared.by_length import ChunkedRankingLoss, chunk_shape, in_chunks, rounded_up, split, steep
 from train import SYMMETRIC, set_dropout
 
 HARDNESS = SYMMETRIC | {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0}
@@ -35,13 +30,18 @@ def random_rows(seed: int, count: int) -> list[dict[str, str]]:
     ]
 
 
-def loss_and_gradients(model, collator, loss, rows):
+def loss_and_gradients(model, loss, rows, prompts=None):
     """As the trainer has them."""
-    features, labels = SentenceTransformerTrainer.collect_features(None, collator(rows))
+    features, labels = features_of(model, rows, prompts)
     model.zero_grad()
     value = loss(features, labels)
     value.backward()
-    return value.item(), {name: w.grad for name, w in model.named_parameters() if w.grad is not None}, features
+    return value.item(), {name: w.grad for name, w in model.named_parameters() if w.grad is not None}
+
+
+def features_of(model, rows, prompts=None):
+    batch = SentenceTransformerDataCollator(model.preprocess, prompts=prompts)(rows)
+    return SentenceTransformerTrainer.collect_features(None, batch)
 
 
 def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -59,15 +59,11 @@ def model(request, small_bert):
 
 
 def check_same_as_the_librarys(model, rows, prompts, options):
-    theirs = SentenceTransformerDataCollator(model.preprocess, prompts=prompts)
-    loss, gradients, _ = loss_and_gradients(model, theirs, MultipleNegativesRankingLoss(model, **options), rows)
+    loss, gradients = loss_and_gradients(model, MultipleNegativesRankingLoss(model, **options), rows, prompts)
     rounding = 1e-12 if next(model.parameters()).dtype == torch.float64 else 1e-6
     for multiple in (1, 8):
-        ours = ChunkedCollator(model.preprocess, prompts=prompts, chunk_tokens=256, multiple=multiple)
-        our_loss, our_gradients, chunks = loss_and_gradients(
-            model, ours, ChunkedRankingLoss(model, nullcontext(), **options), rows
-        )
-        assert len(chunks) > 8
+        ours = ChunkedRankingLoss(model, nullcontext(), chunk_tokens=256, multiple=multiple, **options)
+        our_loss, our_gradients = loss_and_gradients(model, ours, rows, prompts)
         assert our_loss == pytest.approx(loss, rel=rounding)
         assert distance(our_gradients, gradients) < 10 * rounding
 
@@ -100,35 +96,65 @@ def test_in_bf16_gradients_are_off_by_less_than_one_rounding(small_bert):
     model = SentenceTransformer(str(small_bert), device="cpu").train()
     set_dropout(model, 0.0)
     rows = random_rows(0, 48)
-    theirs = SentenceTransformerDataCollator(model.preprocess)
-    _, exact, _ = loss_and_gradients(model, theirs, MultipleNegativesRankingLoss(model), rows)
-    loss = ChunkedRankingLoss(model, torch.autocast("cpu", torch.bfloat16))
-    for shape in ({"chunk_tokens": 256}, {"chunk_tokens": 256, "multiple": 8}):
-        ours = ChunkedCollator(model.preprocess, **shape)
-        _, gradients, _ = loss_and_gradients(model, ours, loss, rows)
+    _, exact = loss_and_gradients(model, MultipleNegativesRankingLoss(model), rows)
+    for multiple in (1, 8):
+        bf16 = torch.autocast("cpu", torch.bfloat16)
+        loss = ChunkedRankingLoss(model, bf16, chunk_tokens=256, multiple=multiple)
+        _, gradients = loss_and_gradients(model, loss, rows)
         assert 1e-5 < distance(gradients, exact) < 2**-8
 
 
+@pytest.mark.parametrize("share", [0.5, 0.9, 1 - 1e-9])
+def test_a_share_of_the_gradient_is_that_of_the_fewest_texts_that_have_it(model, share):
+    rows, texts = random_rows(0, 24), 48
+
+    class OfTheFewest(MultipleNegativesRankingLoss):
+        def compute_loss_from_embeddings(self, embeddings, labels):
+            joined = torch.cat(embeddings).detach().requires_grad_()
+            loss = super().compute_loss_from_embeddings(list(joined.chunk(2)), labels)
+            loss.backward()
+            squares = joined.grad.norm(dim=1) ** 2
+            fewest = next(
+                n for n in range(1, texts + 1) if squares.topk(n).values.sum() >= share * squares.sum() - 1e-9
+            )
+            self.kept = torch.zeros(texts, 1).index_fill(0, squares.topk(fewest).indices, 1.0)
+            return (torch.cat(embeddings) * joined.grad * self.kept).sum()
+
+    theirs = OfTheFewest(model, **HARDNESS)
+    _, expected = loss_and_gradients(model, theirs, rows)
+    ours = ChunkedRankingLoss(model, nullcontext(), chunk_tokens=256, gradient_share=share, **HARDNESS)
+    loss, gradients = loss_and_gradients(model, ours, rows)
+    exact, _ = loss_and_gradients(model, MultipleNegativesRankingLoss(model, **HARDNESS), rows)
+    assert loss == pytest.approx(exact, rel=1e-6)
+    assert (theirs.kept.sum() < texts) == (share < 0.99)
+    assert distance(gradients, expected) < 1e-5
+
+
+def test_each_process_keeps_its_own_of_the_texts_that_all_keep_and_one_at_least():
+    squares = torch.tensor([0.5, 9.0, 0.2, 3.0, 0.1, 0.3])
+    one, other = squares[:4], squares[4:]
+    assert steep(squares, squares, 0.9).tolist() == [1, 3]
+    assert (steep(one, squares, 0.9).tolist(), steep(other, squares, 0.9).tolist()) == ([1, 3], [1])
+    assert steep(torch.zeros(3), torch.zeros(3), 0.9).tolist() == [0, 1, 2]
+    nan = torch.full((3,), torch.nan)
+    assert steep(nan, nan, 0.9).tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("in_bf16", [False, True])
-def test_the_trainer_takes_the_chunks_of_its_precision_and_model(small_bert, static_model, tmp_path, in_bf16):
-    arguments = SentenceTransformerTrainingArguments(str(tmp_path), bf16=in_bf16, use_cpu=True, report_to="none")
+def test_chunks_are_those_of_the_precision_and_the_model(small_bert, static_model, in_bf16):
     narrow, static = (SentenceTransformer(str(folder), device="cpu") for folder in (small_bert, static_model))
     wide = SentenceTransformer(modules=[*narrow, Dense(32, 768)], device="cpu")
     for model, rounds_up in ((narrow, in_bf16), (static, False), (wide, False)):
-        rows = Dataset.from_list(random_rows(0, 8))
-        collator = ChunkedTrainer(model, arguments, rows, loss=ChunkedRankingLoss(model, nullcontext())).data_collator
-        expected = chunk_shape(model, in_bf16)
-        assert (collator.chunk_tokens, collator.multiple) == (expected["chunk_tokens"], expected["multiple"])
-        assert (collator.multiple > 1) == (rounds_up and not torch.accelerator.is_available())
+        multiple = chunk_shape(model, in_bf16)["multiple"]
+        assert (multiple > 1) == (rounds_up and not torch.accelerator.is_available())
 
 
 def test_static_word_vectors_train_the_same(static_model):
     model = SentenceTransformer(str(static_model), device="cpu")
     rows = random_rows(0, 16)
-    theirs = SentenceTransformerDataCollator(model.preprocess)
-    loss, gradients, _ = loss_and_gradients(model, theirs, MultipleNegativesRankingLoss(model), rows)
-    ours = ChunkedRankingLoss(model, nullcontext())
-    our_loss, our_gradients, _ = loss_and_gradients(model, ChunkedCollator(model.preprocess), ours, rows)
+    loss, gradients = loss_and_gradients(model, MultipleNegativesRankingLoss(model), rows)
+    ours = ChunkedRankingLoss(model, nullcontext(), gradient_share=0.5)
+    our_loss, our_gradients = loss_and_gradients(model, ours, rows)
     assert our_loss == loss
     assert all(torch.equal(our_gradients[name], gradient) for name, gradient in gradients.items())
 
@@ -136,22 +162,24 @@ def test_static_word_vectors_train_the_same(static_model):
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_chunks_hold_each_text_once_and_little_padding(multiple):
     dice = random.Random(0)
-    lengths = [dice.randint(1, 250) for _ in range(256)]
+    lengths = {text: dice.randint(1, 250) for text in range(256)}
     chunks = list(split(lengths, 512, multiple))
-    assert sorted(place for chunk in chunks for place in chunk) == list(range(256))
-    padded = [len(chunk) * rounded_up(max(lengths[place] for place in chunk), multiple) for chunk in chunks]
+    assert sorted(text for chunk in chunks for text in chunk) == list(range(256))
+    padded = [len(chunk) * rounded_up(max(lengths[text] for text in chunk), multiple) for chunk in chunks]
     assert max(padded) <= 512
-    assert sum(padded) < 1.1 * sum(lengths)
-    assert list(split([3, 900], 512, multiple)) == [[1], [0]]
+    assert sum(padded) < 1.1 * sum(lengths.values())
+    assert list(split({0: 3, 1: 900}, 512, multiple)) == [[1], [0]]
 
 
 def test_chunks_of_multiples_have_few_shapes(small_bert):
     model = SentenceTransformer(str(small_bert), device="cpu")
-    collator = ChunkedCollator(model.preprocess, chunk_tokens=512, multiple=8)
     shapes = set()
     for seed in range(10):
-        batch = collator(random_rows(seed, 48))
-        shapes |= {value.shape for name, value in batch.items() if name.endswith("input_ids")}
+        columns, _ = features_of(model, random_rows(seed, 48))
+        chunks, places = in_chunks(columns, list(range(96)), 512, 8)
+        assert len(chunks) > 5
+        assert sorted(places.tolist()) == list(range(96))
+        shapes |= {chunk["input_ids"].shape for chunk in chunks}
     whole = [(rows, length) for rows, length in shapes if length % 8 == 0 and rows == 512 // length]
     assert len(whole) > 10
     assert len(shapes) - len(whole) <= 30  # of each batch the last chunk of a column, and its longest text

@@ -6,14 +6,13 @@ loss needs the embeddings of all texts of a batch at once, the encoder does not.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.util import all_gather
 from torch.nn.functional import embedding
 
 PLAIN_ATTENTION_TOKENS = 512  # of the longest text for which a CPU takes plain attention
@@ -34,45 +33,100 @@ def chunk_shape(model: SentenceTransformer, in_bf16: bool) -> dict[str, int]:
     return {"chunk_tokens": 1_024, "multiple": 8} if in_bf16 and is_narrow else {"chunk_tokens": 512, "multiple": 1}
 
 
-@dataclass
-class ChunkedCollator(SentenceTransformerDataCollator):
-    """Rows → chunks of each column's texts, tokenized.
+class ChunkedRankingLoss(MultipleNegativesRankingLoss):
+    """MultipleNegativesRankingLoss, of which the encoder runs on chunks of texts of like length.
 
-    `label`, shape (columns, rows), is the place of each text among those of all chunks.
+    With a `gradient_share` of 1 its gradients are the library's, up to rounding. In bf16 a chunk's gradients are
+    rounded too: on 48 MONDO pairs they were 1.34% off those of float32, the library's 1.31%.
+
+    With a smaller one the encoder goes backward only for the texts that have this share of the squared gradient at the
+    embeddings, as few as do: late in training that is a fifth of them. Which they are is known once all are encoded, so
+    those are encoded again (as in GradCache, Gao et al. 2021; the idea is Selective-Backprop's, Jiang et al. 2019).
     """
 
-    chunk_tokens: int = 512
-    multiple: int = 1
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        precision: AbstractContextManager,
+        *,
+        chunk_tokens: int = 512,
+        multiple: int = 1,
+        gradient_share: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, **options)
+        self.precision = precision
+        self.chunk_tokens, self.multiple = chunk_tokens, multiple
+        self.gradient_share = gradient_share
 
-    def __call__(self, rows: list[dict[str, str]]) -> dict[str, Any]:
-        batch = super().__call__(rows)
-        columns = list(rows[0])
-        chunks, places = [], []
-        for number, column in enumerate(columns):
-            features = {name.removeprefix(f"{column}_"): batch[name] for name in batch if name.startswith(f"{column}_")}
-            if "attention_mask" in features:
-                lengths = features["attention_mask"].sum(dim=1).tolist()
-                parts = list(split(lengths, self.chunk_tokens, self.multiple))
-                chunks += [cut(features, torch.tensor(part), self.multiple) for part in parts]
-            else:  # nothing is padded: static word vectors, or texts that lie in one row
-                parts = [range(len(rows))]
-                chunks += [features]
-            places += [number * len(rows) + row for part in parts for row in part]
-        # The names by which the trainer knows which tensors go together.
-        named = {f"chunk{n}_{name}": value for n, chunk in enumerate(chunks) for name, value in chunk.items()}
-        return named | {"label": torch.tensor(places).argsort().view(len(columns), len(rows))}
+    def forward(self, sentence_features: list[dict[str, Any]], labels: torch.Tensor | None) -> torch.Tensor:
+        columns = list(sentence_features)
+        if not all("attention_mask" in features for features in columns):
+            return super().forward(
+                columns, labels
+            )  # nothing is padded: static word vectors, or texts that lie in one row
+        texts = torch.arange(sum(len(features["attention_mask"]) for features in columns))
+        if self.gradient_share == 1:
+            return self.loss_of(self.encode(columns, texts), columns, labels)
+        with torch.no_grad():
+            embeddings = self.encode(columns, texts)
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)).requires_grad_()
+        loss = self.loss_of(embeddings, columns, labels)
+        (gradient,) = torch.autograd.grad(loss, embeddings)
+        squares = gradient.square().sum(dim=1)
+        kept = steep(squares, all_gather(squares) if self.gather_across_devices else squares, self.gradient_share)
+        # The loss's value, and by the chain rule its gradient, through the kept texts.
+        through = (self.encode(columns, kept) * gradient[kept]).sum()
+        return loss.detach() + through - through.detach()
+
+    def encode(self, columns: list[dict[str, Any]], texts: torch.Tensor) -> torch.Tensor:
+        """Embeddings of these texts, shape (texts, dimensions); numbers, ascending, go on from column to column."""
+        chunks, places = in_chunks(columns, texts.tolist(), self.chunk_tokens, self.multiple)
+        model = extract_model_from_parallel(self.model)
+        # One `precision` (autocast) around all chunks, so that each weight is rounded once.
+        with self.precision, plain_attention(model, columns), words_looked_up_once(model, chunks):
+            return torch.cat([self.model(chunk)["sentence_embedding"] for chunk in chunks])[places]
+
+    def loss_of(self, embeddings: torch.Tensor, columns: list, labels: torch.Tensor | None) -> torch.Tensor:
+        return self.compute_loss_from_embeddings(list(embeddings.chunk(len(columns))), labels)
 
 
-def split(lengths: list[int], tokens: int, multiple: int) -> Iterator[list[int]]:
-    """Places of texts in chunks of at most `tokens` once padded to a multiple (or of one text).
+def steep(squares: torch.Tensor, of_all_processes: torch.Tensor, share: float) -> torch.Tensor:
+    """This process's texts, ascending, of the fewest that have `share` of the sum of all squares; one at least.
+
+    `squares`: of each text's gradient, shape (texts,). Where one is not finite, the trainer is to see it: all are kept.
+    """
+    ascending = of_all_processes.sort().values
+    left_out = ascending.cumsum(dim=0) < (1 - share) * ascending.sum()
+    least = torch.minimum(ascending[left_out.sum()], squares.max())
+    return (~(squares < least)).nonzero().flatten()
+
+
+def in_chunks(
+    columns: list[dict[str, Any]], texts: list[int], tokens: int, multiple: int
+) -> tuple[list[dict[str, Any]], torch.Tensor]:
+    """Tokenized texts in chunks of like length; and the place of each among those of all chunks, shape (texts,)."""
+    chunks, order, first = [], [], 0
+    for features in columns:
+        lengths = dict(enumerate(features["attention_mask"].sum(dim=1).tolist(), start=first))
+        own = {text: lengths[text] for text in texts if text in lengths}
+        for part in split(own, tokens, multiple):
+            chunks.append(cut(features, torch.tensor(part) - first, multiple))
+            order += part
+        first += len(lengths)
+    return chunks, torch.tensor(order).argsort()
+
+
+def split(lengths: dict[int, int], tokens: int, multiple: int) -> Iterator[list[int]]:
+    """Texts (keys of `lengths`) in chunks of at most `tokens` once padded to a multiple (or of one text).
 
     Long texts first, so that the length of a chunk says how many it has, and there are few shapes.
     """
-    places = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    while places:
-        count = max(1, tokens // rounded_up(max(1, lengths[places[0]]), multiple))
-        yield places[:count]
-        places = places[count:]
+    texts = sorted(lengths, key=lengths.__getitem__, reverse=True)
+    while texts:
+        count = max(1, tokens // rounded_up(max(1, lengths[texts[0]]), multiple))
+        yield texts[:count]
+        texts = texts[count:]
 
 
 def rounded_up(length: int, multiple: int) -> int:
@@ -90,24 +144,6 @@ def cut(features: dict[str, Any], rows: torch.Tensor, multiple: int) -> dict[str
         if isinstance(value, torch.Tensor) and len(value) == len(mask):
             own[name] = value[rows][:, kept] if value.shape == mask.shape else value[rows]
     return own
-
-
-class ChunkedRankingLoss(MultipleNegativesRankingLoss):
-    """MultipleNegativesRankingLoss of what `ChunkedCollator` gives: same loss, same gradients, up to rounding.
-
-    In bf16 a chunk's gradients are rounded too: on 48 MONDO pairs they were 1.34% off those of float32, the library's
-    1.31%.
-    """
-
-    def __init__(self, model: SentenceTransformer, precision: AbstractContextManager, **options: Any) -> None:
-        super().__init__(model, **options)
-        self.precision = precision
-
-    def forward(self, sentence_features: list[dict[str, Any]], labels: torch.Tensor) -> torch.Tensor:
-        # One `precision` (autocast) around all chunks, so that each weight is rounded once a batch.
-        with self.precision, words_looked_up_once(extract_model_from_parallel(self.model), sentence_features):
-            encoded = [self.model(chunk)["sentence_embedding"] for chunk in sentence_features]
-        return self.compute_loss_from_embeddings(list(torch.cat(encoded)[labels]), labels)
 
 
 def words_looked_up_once(model: SentenceTransformer, chunks: list[dict[str, Any]]) -> AbstractContextManager:
@@ -130,29 +166,19 @@ def words_looked_up_once(model: SentenceTransformer, chunks: list[dict[str, Any]
 
 
 @contextmanager
-def plain_attention(model: SentenceTransformer) -> Iterator[None]:
-    """Torch's fused attention, on a CPU, goes backward on short texts several times slower than the plain one."""
+def plain_attention(model: SentenceTransformer, columns: list[dict[str, Any]]) -> Iterator[None]:
+    """Torch's fused attention, on a CPU, goes backward on short texts several times slower than the plain one.
+
+    That keeps length x length weights: for long texts the fused one, as everywhere else.
+    """
     transformer = model.transformers_model
+    longest = max(features["attention_mask"].shape[1] for features in columns)
+    if transformer is None or model.device.type != "cpu" or longest > PLAIN_ATTENTION_TOKENS:
+        yield
+        return
     usual = transformer.config._attn_implementation
     transformer.set_attn_implementation("eager")
     try:
         yield
     finally:
         transformer.set_attn_implementation(usual)
-
-
-class ChunkedTrainer(SentenceTransformerTrainer):
-    """The library's trainer for `ChunkedRankingLoss`."""
-
-    data_collator_class = ChunkedCollator
-
-    def get_data_collator(self, model: Any, args: Any, *arguments: Any, **options: Any) -> ChunkedCollator:
-        collator = super().get_data_collator(model, args, *arguments, **options)
-        return replace(collator, **chunk_shape(model, args.bf16))
-
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any) -> torch.Tensor:
-        # Plain attention keeps length x length weights: for long texts the fused one.
-        longest = max((value.shape[-1] for name, value in inputs.items() if name.endswith("_input_ids")), default=0)
-        on_cpu = self.model.device.type == "cpu" and self.model.transformers_model is not None
-        with plain_attention(self.model) if on_cpu and longest <= PLAIN_ATTENTION_TOKENS else nullcontext():
-            return super().training_step(model, inputs, *arguments)

@@ -100,6 +100,7 @@ class TrainParams(Settings):
     symmetric: bool
     scale: Annotated[float, Field(gt=0, le=1000)]
     hardness: Annotated[float, Field(ge=0, le=1000)]
+    gradient_share: Annotated[float, Field(gt=0, le=1)]
     dropout: Annotated[float | Literal["model"], BeforeValidator(check_dropout)]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     base_share: Annotated[float, Field(ge=0, lt=1)]
