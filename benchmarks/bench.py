@@ -64,12 +64,12 @@ BATCH = f"+ batch {TRAIN.batch_size}"
 SPEED = {
     f"{LIBRARY}, published recipe": STOCK,
     f"{LIBRARY}, + bf16, freed memory kept": STOCK | KEPT,
-    "+ chunks of like length": STOCK | {"chunks": True},
+    "+ chunks of like length, plain attention": STOCK | {"chunks": True},
     "+ bf16": STOCK | {"chunks": True, "precision": "auto"},
     "+ freed memory kept": STOCK | {"chunks": True} | KEPT,
     BATCH: STOCK | {"chunks": True, "batch_size": TRAIN.batch_size} | KEPT,
     "+ no dropout": OURS | ALL,
-    "+ backward for a share of the gradient: this repo's default": OURS,
+    "+ backward for most of the gradient, at first: this repo's default": OURS,
     "the default without bf16": OURS | {"precision": "fp32"},
     f"{LIBRARY}, the default's params, freed memory kept": OURS | {"chunks": False},
 }
@@ -80,7 +80,7 @@ SPEED_ON_A_GPU = {
     "+ chunks of like length": STOCK | {"chunks": True, "precision": "auto"},
     f"{BATCH}, no dropout": OURS | ALL | {"cudnn_attention": True},
     "+ attention not by cuDNN": OURS | ALL,
-    "+ backward for a share of the gradient: this repo's default": OURS,
+    "+ backward for most of the gradient, at first: this repo's default": OURS,
     "the default without bf16": OURS | {"precision": "fp32"},
     f"{LIBRARY}, the default's params": OURS | {"chunks": False, "cudnn_attention": True},
 }

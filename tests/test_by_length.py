@@ -10,7 +10,7 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Dense
 
-from shared.by_length import ChunkedRankingLoss, chunk_shape, in_chunks, rounded_up, split, steep
+from shared.by_length import ChunkedRankingLoss, chunk_shape, in_chunks, plain_attention, rounded_up, split, steep
 from train import SYMMETRIC, set_dropout
 
 HARDNESS = SYMMETRIC | {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0}
@@ -63,6 +63,9 @@ def check_same_as_the_librarys(model, rows, prompts, options):
     rounding = 1e-12 if next(model.parameters()).dtype == torch.float64 else 1e-6
     for multiple in (1, 8):
         ours = ChunkedRankingLoss(model, nullcontext(), chunk_tokens=256, multiple=multiple, **options)
+        columns, _ = features_of(model, rows, prompts)
+        chunks, _ = in_chunks(columns, list(range(len(rows) * len(columns))), 256, multiple)
+        assert len(chunks) > 8
         our_loss, our_gradients = loss_and_gradients(model, ours, rows, prompts)
         assert our_loss == pytest.approx(loss, rel=rounding)
         assert distance(our_gradients, gradients) < 10 * rounding
@@ -171,14 +174,47 @@ def test_chunks_hold_each_text_once_and_little_padding(multiple):
     assert list(split({0: 3, 1: 900}, 512, multiple)) == [[1], [0]]
 
 
+def test_chunks_hold_the_texts_that_are_kept_whole_and_places_find_them(small_bert):
+    model = SentenceTransformer(str(small_bert), device="cpu")
+    columns, _ = features_of(model, random_rows(0, 48))
+    tokens = [row[mask.bool()].tolist() for own in columns for row, mask in pairs_of(own)]
+    for texts in (list(range(96)), [1, 5, 40, 47, 48, 95], [90]):
+        chunks, places = in_chunks(columns, texts, 256, 8)
+        encoded = [row[mask.bool()].tolist() for chunk in chunks for row, mask in pairs_of(chunk)]
+        assert len(encoded) == len(texts)
+        assert [encoded[place] for place in places] == [tokens[text] for text in texts]
+
+
+def pairs_of(features):
+    return zip(features["input_ids"], features["attention_mask"], strict=True)
+
+
+def test_attention_is_plain_on_a_cpu_up_to_a_length_and_as_before_afterwards(small_bert):
+    model = SentenceTransformer(str(small_bert), device="cpu")
+    config = model.transformers_model.config
+    for tokens, expected in ((512, "eager"), (513, "sdpa")):
+        with plain_attention(model, [{"attention_mask": torch.ones(1, 4)}, {"attention_mask": torch.ones(1, tokens)}]):
+            assert config._attn_implementation == expected
+        assert config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("share", [0.9, 1.0])
+def test_with_gradient_checkpointing_gradients_are_the_same(small_bert, share):
+    model = SentenceTransformer(str(small_bert), device="cpu").train()
+    set_dropout(model, 0.0)
+    loss, rows = ChunkedRankingLoss(model, nullcontext(), gradient_share=share), random_rows(0, 16)
+    _, expected = loss_and_gradients(model, loss, rows)
+    model.transformers_model.gradient_checkpointing_enable()
+    _, gradients = loss_and_gradients(model, loss, rows)
+    assert distance(gradients, expected) < 1e-5
+
+
 def test_chunks_of_multiples_have_few_shapes(small_bert):
     model = SentenceTransformer(str(small_bert), device="cpu")
     shapes = set()
     for seed in range(10):
         columns, _ = features_of(model, random_rows(seed, 48))
-        chunks, places = in_chunks(columns, list(range(96)), 512, 8)
-        assert len(chunks) > 5
-        assert sorted(places.tolist()) == list(range(96))
+        chunks, _ = in_chunks(columns, list(range(96)), 512, 8)
         shapes |= {chunk["input_ids"].shape for chunk in chunks}
     whole = [(rows, length) for rows, length in shapes if length % 8 == 0 and rows == 512 // length]
     assert len(whole) > 10

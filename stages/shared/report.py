@@ -246,11 +246,12 @@ def training_in_words(params: Params) -> str:
     seeds = ("seed " if len(train.seeds) == 1 else "seeds ") + ", ".join(map(str, train.seeds))
     hardness = f", hardness {train.hardness:g}" if train.hardness else ""
     loss = f"{'symmetric ' if train.symmetric else ''}MultipleNegativesRankingLoss, scale {train.scale:g}{hardness}"
+    share = f", backward for {train.gradient_share:.6g} of the gradient" if train.gradient_share < 1 else ""
     dropout = "the model's own" if train.dropout == "model" else f"{train.dropout:g}"
     steps = f"warm-up {train.warmup:g}, dropout {dropout}, precision {train.precision}"
     return (
         f"{loss}, learning rate {train.learning_rate:g}, epochs {train.epochs:g}, batch"
-        f" {train.batch_size}{processes}, {steps}, {seeds}{arguments}."
+        f" {train.batch_size}{processes}{share}, {steps}, {seeds}{arguments}."
     )
 
 
