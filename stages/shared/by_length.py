@@ -178,7 +178,7 @@ def plain_attention(model: SentenceTransformer, columns: list[dict[str, Any]]) -
     transformer = model.transformers_model
     longest = max(features["attention_mask"].shape[1] for features in columns)
     fits = model.device.type == "cpu" and longest <= PLAIN_ATTENTION_TOKENS
-    if transformer is None or not fits or getattr(transformer, "is_gradient_checkpointing", False):
+    if transformer is None or not fits or getattr(transformer, "is_activation_checkpointing", False):
         yield
         return
     usual = transformer.config._attn_implementation
