@@ -87,6 +87,7 @@ RECIPES = {
     "epochs: 1": Recipe(epochs=1),
     "epochs: 3": Recipe(epochs=3),
     "epochs: 3, learning_rate: 1e-4": Recipe(epochs=3, learning_rate=1e-4),
+    "epochs: 4, gradient_share: 0.95": Recipe(epochs=4, gradient_share=0.95),
     "epochs: 5": Recipe(epochs=5),
     "epochs: 5, gradient_share: 0.95": Recipe(epochs=5, gradient_share=0.95),
     "batch_size: 64": Recipe(batch_size=64),
