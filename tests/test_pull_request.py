@@ -105,7 +105,7 @@ def test_two_seeds_of_one_recipe_are_no_difference(repo, clone):
 def test_a_result_of_another_state_is_named_in_the_comment(repo, clone):
     path = clone / "params.yaml"
     before = path.read_text()
-    path.write_text(before.replace("epochs: 5", "epochs: 3"))
+    path.write_text(before.replace("epochs: 4", "epochs: 3"))
     text = comment(repo, clone)
     words = "**The result is not of this state of the branch** (`dvc repro`): train.epochs: changed since train@42"
     assert words in text
@@ -116,7 +116,7 @@ def test_a_result_of_another_state_is_named_in_the_comment(repo, clone):
 @pytest.mark.parametrize(
     ("file", "old", "new", "words"),
     [
-        ("params.yaml", "epochs: 5", "epochs: 3", "train.epochs: changed since train@42, final_eval"),
+        ("params.yaml", "epochs: 4", "epochs: 3", "train.epochs: changed since train@42, final_eval"),
         ("params.yaml", "  - 42", "  - 42\n  - 43", "train.seeds: changed since final_eval"),
         ("stages/prepare.py", '"""Prepare', '"""Prepared', "stages/prepare.py: changed since prepare"),
         ("dvc.yaml", "train.py ${item}", "train.py  ${item}", "dvc.yaml (changed command): changed since train@42"),

@@ -62,10 +62,9 @@ class ChunkedRankingLoss(MultipleNegativesRankingLoss):
 
     def forward(self, sentence_features: list[dict[str, Any]], labels: torch.Tensor | None) -> torch.Tensor:
         columns = list(sentence_features)
+        # Without a mask nothing is padded: static word vectors, or texts that lie in one row.
         if not all("attention_mask" in features for features in columns):
-            return super().forward(
-                columns, labels
-            )  # nothing is padded: static word vectors, or texts that lie in one row
+            return super().forward(columns, labels)
         texts = torch.arange(sum(len(features["attention_mask"]) for features in columns))
         if self.gradient_share == 1 or not torch.is_grad_enabled():
             return self.loss_of(self.encode(columns, texts), columns, labels)

@@ -142,9 +142,8 @@ def gain_by_length(gains: np.ndarray, groups: np.ndarray, words: np.ndarray, met
     whiskers(axes, places, heights, intervals)
     axes.axhline(0, color=INK, linewidth=0.8)
     lows, highs = np.transpose(intervals)
-    axes.set_ylim(
-        min(-0.1, *lows - 0.02), max(0.5, *highs + 0.02)
-    )  # mostly the same, so that two pictures can be compared
+    # Mostly the same, so that two pictures can be compared.
+    axes.set_ylim(min(-0.1, *lows - 0.02), max(0.5, *highs + 0.02))
     axes.set_xticks(places, labels)
     axes.set_xlabel("words in the query")
     axes.set_title(f"Gain in {title(metric)} over the base model, by query length; whiskers: 95%")
