@@ -2,18 +2,34 @@
 
 import random
 from contextlib import nullcontext
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from sentence_transformers.sentence_transformer.modules import Dense
+from sentence_transformers.sentence_transformer.modules import LSTM, Dense, Pooling
+from transformers import AutoConfig, AutoModel
 
-from shared.by_length import ChunkedRankingLoss, chunk_shape, in_chunks, plain_attention, rounded_up, split, steep
+from shared.by_length import (
+    END_TO_END_MODELS,
+    ChunkedRankingLoss,
+    attention_within_texts,
+    chunk_shape,
+    fitting_attention,
+    in_chunks,
+    rounded_up,
+    split,
+    steep,
+    takes_end_to_end,
+)
 from train import SYMMETRIC, set_dropout
 
 HARDNESS = SYMMETRIC | {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SIZES = dict.fromkeys(["bert", "roberta", "xlm-roberta"], SMALL)
+SIZES |= {"distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}}
 WORDS = ["fever", "heart", "liver", "of", "the", "acute", "upper", "tooth", "absent", "skin", "bone", "weakness"]
 
 
@@ -61,7 +77,7 @@ def model(request, small_bert):
 def check_same_as_the_librarys(model, rows, prompts, options):
     loss, gradients = loss_and_gradients(model, MultipleNegativesRankingLoss(model, **options), rows, prompts)
     rounding = 1e-12 if next(model.parameters()).dtype == torch.float64 else 1e-6
-    for multiple in (1, 8):
+    for multiple in (1, 8, None):
         ours = ChunkedRankingLoss(model, nullcontext(), chunk_tokens=256, multiple=multiple, **options)
         columns, _ = features_of(model, rows, prompts)
         chunks, _ = in_chunks(columns, list(range(len(rows) * len(columns))), 256, multiple)
@@ -107,8 +123,9 @@ def test_in_bf16_gradients_are_off_by_less_than_one_rounding(small_bert):
         assert 1e-5 < distance(gradients, exact) < 2**-8
 
 
+@pytest.mark.parametrize("multiple", [1, None])
 @pytest.mark.parametrize("share", [0.5, 0.9, 1 - 1e-9])
-def test_a_share_of_the_gradient_is_that_of_the_fewest_texts_that_have_it(model, share):
+def test_a_share_of_the_gradient_is_that_of_the_fewest_texts_that_have_it(model, share, multiple):
     rows, texts = random_rows(0, 24), 48
 
     class OfTheFewest(MultipleNegativesRankingLoss):
@@ -117,15 +134,16 @@ def test_a_share_of_the_gradient_is_that_of_the_fewest_texts_that_have_it(model,
             loss = super().compute_loss_from_embeddings(list(joined.chunk(2)), labels)
             loss.backward()
             squares = joined.grad.norm(dim=1) ** 2
-            fewest = next(
-                n for n in range(1, texts + 1) if squares.topk(n).values.sum() >= share * squares.sum() - 1e-9
-            )
+            enough = (n for n in range(1, texts) if squares.topk(n).values.sum() >= share * squares.sum() - 1e-9)
+            fewest = next(enough, texts)
             self.kept = torch.zeros(texts, 1).index_fill(0, squares.topk(fewest).indices, 1.0)
             return (torch.cat(embeddings) * joined.grad * self.kept).sum()
 
     theirs = OfTheFewest(model, **HARDNESS)
     _, expected = loss_and_gradients(model, theirs, rows)
-    ours = ChunkedRankingLoss(model, nullcontext(), chunk_tokens=256, gradient_share=share, **HARDNESS)
+    ours = ChunkedRankingLoss(
+        model, nullcontext(), chunk_tokens=256, multiple=multiple, gradient_share=share, **HARDNESS
+    )
     loss, gradients = loss_and_gradients(model, ours, rows)
     exact, _ = loss_and_gradients(model, MultipleNegativesRankingLoss(model, **HARDNESS), rows)
     assert loss == pytest.approx(exact, rel=1e-6)
@@ -147,9 +165,42 @@ def test_each_process_keeps_its_own_of_the_texts_that_all_keep_and_one_at_least(
 def test_chunks_are_those_of_the_precision_and_the_model(small_bert, static_model, in_bf16):
     narrow, static = (SentenceTransformer(str(folder), device="cpu") for folder in (small_bert, static_model))
     wide = SentenceTransformer(modules=[*narrow, Dense(32, 768)], device="cpu")
-    for model, rounds_up in ((narrow, in_bf16), (static, False), (wide, False)):
-        multiple = chunk_shape(model, in_bf16)["multiple"]
-        assert (multiple > 1) == (rounds_up and not torch.accelerator.is_available())
+    lstm = SentenceTransformer(modules=[narrow[0], LSTM(32, 16), Pooling(32)], device="cpu")
+    expected = {narrow: 8, static: 1, wide: 1, lstm: 8} if in_bf16 else {narrow: None, static: 1, wide: None, lstm: 1}
+    for model, multiple in expected.items():
+        assert chunk_shape(model, in_bf16)["multiple"] == (1 if torch.accelerator.is_available() else multiple)
+
+
+@pytest.mark.parametrize("kind", sorted(END_TO_END_MODELS))
+def test_texts_of_each_of_these_models_lie_end_to_end(small_bert, kind):
+    config = AutoConfig.for_model(kind, vocab_size=30_522, pad_token_id=0, attention_dropout=0.0, **SIZES[kind])
+    torch.manual_seed(0)
+    model = SentenceTransformer(str(small_bert), device="cpu")
+    model[0].model = AutoModel.from_config(config)
+    assert takes_end_to_end(model)
+    set_dropout(model.train(), 0.0)
+    rows = random_rows(0, 24)
+    loss, gradients = loss_and_gradients(model, MultipleNegativesRankingLoss(model), rows)
+    ours = ChunkedRankingLoss(model, nullcontext(), chunk_tokens=256, multiple=None)
+    our_loss, our_gradients = loss_and_gradients(model, ours, rows)
+    assert our_loss == pytest.approx(loss, rel=1e-6)
+    assert distance(our_gradients, gradients) < 1e-5
+    config.is_decoder = True
+    assert not takes_end_to_end(model)
+
+
+def test_attention_is_that_of_each_text_alone():
+    lengths = [600, 512, 7, 7, 7, 1]
+    ends = torch.tensor([0, *accumulate(lengths)])
+    query, key, value = torch.randn(3, 1, 2, sum(lengths), 4, dtype=torch.float64, generator=torch.manual_seed(0))
+    options = {"cu_seq_lens_q": ends, "scaling": 0.3}
+    attended, _ = attention_within_texts(None, query, key, value, None, **options)
+    for start, end in pairwise(ends.tolist()):
+        q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
+        alone = torch.softmax(0.3 * q @ k.transpose(2, 3), dim=-1) @ v
+        assert torch.allclose(attended[:, start:end], alone.transpose(1, 2))
+    dropped, _ = attention_within_texts(None, query, key, value, None, **options, dropout=1 - 1e-9)
+    assert not dropped.any()
 
 
 def test_static_word_vectors_train_the_same(static_model):
@@ -183,6 +234,14 @@ def test_chunks_hold_the_texts_that_are_kept_whole_and_places_find_them(small_be
         encoded = [row[mask.bool()].tolist() for chunk in chunks for row, mask in pairs_of(chunk)]
         assert len(encoded) == len(texts)
         assert [encoded[place] for place in places] == [tokens[text] for text in texts]
+        chunks, places = in_chunks(columns, texts, 256, None)
+        encoded = [
+            chunk["input_ids"][0, start:end].tolist()
+            for chunk in chunks
+            for start, end in pairwise(chunk["cu_seq_lens_q"])
+        ]
+        assert [encoded[place] for place in places] == [tokens[text] for text in texts]
+        assert all(chunk["input_ids"].numel() <= 256 or len(chunk["cu_seq_lens_q"]) == 2 for chunk in chunks)
 
 
 def pairs_of(features):
@@ -193,16 +252,19 @@ def test_attention_is_plain_on_a_cpu_up_to_a_length_and_as_before_afterwards(sma
     model = SentenceTransformer(str(small_bert), device="cpu")
     config = model.transformers_model.config
     for tokens, expected in ((512, "eager"), (513, "sdpa")):
-        with plain_attention(model, [{"attention_mask": torch.ones(1, 4)}, {"attention_mask": torch.ones(1, tokens)}]):
+        columns = [{"attention_mask": torch.ones(1, 4)}, {"attention_mask": torch.ones(1, tokens)}]
+        with fitting_attention(model, columns, multiple=1):
             assert config._attn_implementation == expected
         assert config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("multiple", [1, None])
 @pytest.mark.parametrize("share", [0.9, 1.0])
-def test_with_gradient_checkpointing_gradients_are_the_same(small_bert, share):
+def test_with_gradient_checkpointing_gradients_are_the_same(small_bert, share, multiple):
     model = SentenceTransformer(str(small_bert), device="cpu").train()
     set_dropout(model, 0.0)
-    loss, rows = ChunkedRankingLoss(model, nullcontext(), gradient_share=share), random_rows(0, 16)
+    loss = ChunkedRankingLoss(model, nullcontext(), multiple=multiple, gradient_share=share)
+    rows = random_rows(0, 16)
     _, expected = loss_and_gradients(model, loss, rows)
     model.transformers_model.activation_checkpointing_enable()
     _, gradients = loss_and_gradients(model, loss, rows)

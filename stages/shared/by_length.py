@@ -1,25 +1,35 @@
 """In-batch negatives without the padding: the library's loss, over a batch that is encoded in chunks of like length.
 
 The library pads each column of a batch to its longest text: at 128 pairs three of four tokens computed are padding. The
-loss needs the embeddings of all texts of a batch at once, the encoder does not.
+loss needs the embeddings of all texts of a batch at once, the encoder does not. Nor does it need padding where its
+texts can lie end to end in one row, of which only attention has to know where one ends.
 """
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from sentence_transformers.util import all_gather
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, pad, scaled_dot_product_attention
+from transformers import AttentionInterface
 
 PLAIN_ATTENTION_TOKENS = 512  # of the longest text for which a CPU takes plain attention
+WITHIN_TEXTS = "within_texts"  # our attention's name among the library's
+# Every token attends to all of its text, and positions are an argument. (MPNet's attention has them within.)
+END_TO_END_MODELS = {"bert", "distilbert", "roberta", "xlm-roberta"}
 
 
-def chunk_shape(model: SentenceTransformer, in_bf16: bool) -> dict[str, int]:
+def chunk_shape(model: SentenceTransformer, in_bf16: bool) -> dict[str, int | None]:
     """The tokens of a chunk, padding included, and what its length is a multiple of: what trains fastest.
+
+    No multiple (None) is for texts end to end in one row, without padding: of MiniLM on a processor, in fp32, a batch
+    took two thirds to four fifths as long as in chunks of 512 tokens. Not measured in bf16.
 
     Small chunks pad less, large ones fill a GPU. A processor compiles a product in bf16 for its shape when it meets it
     (2 to 9 ms for one of MiniLM's that then takes 0.4 ms), so there few lengths are better than little padding. Not so
@@ -29,8 +39,20 @@ def chunk_shape(model: SentenceTransformer, in_bf16: bool) -> dict[str, int]:
     """
     if torch.accelerator.is_available():
         return {"chunk_tokens": 16_384, "multiple": 1}
+    if not in_bf16 and takes_end_to_end(model):
+        return {"chunk_tokens": 2_048, "multiple": None}
     is_narrow = model.transformers_model is not None and (model.get_embedding_dimension() or 0) < 768
     return {"chunk_tokens": 1_024, "multiple": 8} if in_bf16 and is_narrow else {"chunk_tokens": 512, "multiple": 1}
+
+
+def takes_end_to_end(model: SentenceTransformer) -> bool:
+    encoder, *after = model
+    return (
+        isinstance(encoder, Transformer)
+        and encoder.model.config.model_type in END_TO_END_MODELS
+        and not getattr(encoder.model.config, "is_decoder", False)
+        and isinstance(after[0], Pooling)
+    )
 
 
 class ChunkedRankingLoss(MultipleNegativesRankingLoss):
@@ -51,7 +73,7 @@ class ChunkedRankingLoss(MultipleNegativesRankingLoss):
         precision: AbstractContextManager,
         *,
         chunk_tokens: int = 512,
-        multiple: int = 1,
+        multiple: int | None = 1,
         gradient_share: float = 1.0,
         **options: Any,
     ) -> None:
@@ -83,10 +105,15 @@ class ChunkedRankingLoss(MultipleNegativesRankingLoss):
 
     def encode(self, columns: list[dict[str, Any]], texts: torch.Tensor) -> torch.Tensor:
         """Embeddings of these texts, shape (texts, dimensions); numbers, ascending, go on from column to column."""
-        chunks, places = in_chunks(columns, texts.tolist(), self.chunk_tokens, self.multiple)
         model = extract_model_from_parallel(self.model)
+        multiple = self.multiple or (1 if goes_forward_twice(model) else None)
+        chunks, places = in_chunks(columns, texts.tolist(), self.chunk_tokens, multiple)
+        if multiple is None:
+            # RoBERTa's first position is the number after that of its padding.
+            first = 1 + getattr(model.transformers_model.embeddings, "padding_idx", -1)
+            chunks = [chunk | {"position_ids": chunk["position_ids"] + first} for chunk in chunks]
         # One `precision` (autocast) around all chunks, so that each weight is rounded once.
-        with self.precision, plain_attention(model, columns), words_looked_up_once(model, chunks):
+        with self.precision, fitting_attention(model, columns, multiple), words_looked_up_once(model, chunks):
             return torch.cat([self.model(chunk)["sentence_embedding"] for chunk in chunks])[places]
 
     def loss_of(self, embeddings: torch.Tensor, columns: list, labels: torch.Tensor | None) -> torch.Tensor:
@@ -105,7 +132,7 @@ def steep(squares: torch.Tensor, of_all_processes: torch.Tensor, share: float) -
 
 
 def in_chunks(
-    columns: list[dict[str, Any]], texts: list[int], tokens: int, multiple: int
+    columns: list[dict[str, Any]], texts: list[int], tokens: int, multiple: int | None
 ) -> tuple[list[dict[str, Any]], torch.Tensor]:
     """Tokenized texts in chunks of like length; and the place of each among those of all chunks, shape (texts,)."""
     chunks, order, first = [], [], 0
@@ -113,22 +140,26 @@ def in_chunks(
         lengths = dict(enumerate(features["attention_mask"].sum(dim=1).tolist(), start=first))
         own = {text: lengths[text] for text in texts if text in lengths}
         for part in split(own, tokens, multiple):
-            chunks.append(cut(features, torch.tensor(part) - first, multiple))
+            rows = torch.tensor(part) - first
+            chunks.append(end_to_end(features, rows) if multiple is None else cut(features, rows, multiple))
             order += part
         first += len(lengths)
     return chunks, torch.tensor(order).argsort()
 
 
-def split(lengths: dict[int, int], tokens: int, multiple: int) -> Iterator[list[int]]:
-    """Texts (keys of `lengths`) in chunks of at most `tokens` once padded to a multiple (or of one text).
+def split(lengths: dict[int, int], tokens: int, multiple: int | None) -> Iterator[list[int]]:
+    """Texts (keys of `lengths`) in chunks of at most `tokens` once padded to a multiple, if to any (or of one text).
 
     Long texts first, so that the length of a chunk says how many it has, and there are few shapes.
     """
     texts = sorted(lengths, key=lengths.__getitem__, reverse=True)
     while texts:
-        count = max(1, tokens // rounded_up(max(1, lengths[texts[0]]), multiple))
-        yield texts[:count]
-        texts = texts[count:]
+        if multiple is None:
+            count = sum(total <= tokens for total in accumulate(lengths[text] for text in texts))
+        else:
+            count = tokens // rounded_up(max(1, lengths[texts[0]]), multiple)
+        yield texts[: max(1, count)]
+        texts = texts[max(1, count) :]
 
 
 def rounded_up(length: int, multiple: int) -> int:
@@ -146,6 +177,22 @@ def cut(features: dict[str, Any], rows: torch.Tensor, multiple: int) -> dict[str
         if isinstance(value, torch.Tensor) and len(value) == len(mask):
             own[name] = value[rows][:, kept] if value.shape == mask.shape else value[rows]
     return own
+
+
+def end_to_end(features: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """These rows as one without padding: what the library makes of texts where it has flash attention."""
+    mask = features["attention_mask"]
+    used = mask[rows].bool()
+    lengths = used.sum(dim=1)
+    own = {name: value for name, value in features.items() if name != "attention_mask"}
+    for name, value in own.items():
+        if isinstance(value, torch.Tensor) and len(value) == len(mask):
+            own[name] = value[rows][used][None] if value.shape == mask.shape else value[rows]
+    return own | {
+        "position_ids": (used.cumsum(dim=1) - 1)[used][None],
+        "seq_idx": torch.arange(len(rows)).repeat_interleave(lengths)[None],
+        "cu_seq_lens_q": pad(lengths.cumsum(dim=0), (1, 0)),
+    }
 
 
 def words_looked_up_once(model: SentenceTransformer, chunks: list[dict[str, Any]]) -> AbstractContextManager:
@@ -168,21 +215,58 @@ def words_looked_up_once(model: SentenceTransformer, chunks: list[dict[str, Any]
 
 
 @contextmanager
-def plain_attention(model: SentenceTransformer, columns: list[dict[str, Any]]) -> Iterator[None]:
-    """Torch's fused attention, on a CPU, goes backward on short texts several times slower than the plain one.
+def fitting_attention(model: SentenceTransformer, columns: list, multiple: int | None) -> Iterator[None]:
+    """Within texts where they lie end to end; else plain on a CPU, where torch's fused one is several times slower.
 
-    That keeps length x length weights: for long texts the fused one, as everywhere else. So too where the backward pass
-    repeats the forward one (gradient checkpointing), outside this context.
+    Backward, and on short texts: plain attention keeps length x length weights, so not for long ones.
     """
     transformer = model.transformers_model
     longest = max(features["attention_mask"].shape[1] for features in columns)
     fits = model.device.type == "cpu" and longest <= PLAIN_ATTENTION_TOKENS
-    if transformer is None or not fits or getattr(transformer, "is_activation_checkpointing", False):
+    if multiple is not None and (transformer is None or not fits or goes_forward_twice(model)):
         yield
         return
     usual = transformer.config._attn_implementation
-    transformer.set_attn_implementation("eager")
+    transformer.set_attn_implementation("eager" if multiple else WITHIN_TEXTS)
     try:
         yield
     finally:
         transformer.set_attn_implementation(usual)
+
+
+def attention_within_texts(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    *,
+    cu_seq_lens_q: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of texts end to end, those of a length at once; of shape (1, tokens, heads, size of a head).
+
+    `query`, `key`, `value`: of shape (1, heads, tokens, size of a head). `cu_seq_lens_q`: where texts begin and end.
+    """
+    like = [(length, len(list(texts))) for length, texts in groupby(cu_seq_lens_q.diff().tolist())]
+    tokens = [length * texts for length, texts in like]
+    parts = zip(*(tensor[0].split(tokens, dim=1) for tensor in (query, key, value)), strict=True)
+    attended = []
+    for (length, texts), part in zip(like, parts, strict=True):
+        q, k, v = (tensor.unflatten(1, (texts, length)) for tensor in part)
+        if length > PLAIN_ATTENTION_TOKENS:
+            own = scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+        else:
+            own = torch.dropout((q * scaling @ k.transpose(-1, -2)).softmax(dim=-1), dropout, train=True) @ v
+        attended.append(own.flatten(1, 2))
+    return torch.cat(attended, dim=1).transpose(0, 1)[None], None
+
+
+AttentionInterface.register(WITHIN_TEXTS, attention_within_texts)
+
+
+def goes_forward_twice(model: SentenceTransformer) -> bool:
+    """Gradient checkpointing: once more in the backward pass, outside our contexts."""
+    return getattr(model.transformers_model, "is_activation_checkpointing", False)
