@@ -64,7 +64,7 @@ BATCH = f"+ batch {TRAIN.batch_size}"
 SPEED = {
     f"{LIBRARY}, published recipe": STOCK,
     f"{LIBRARY}, + bf16, freed memory kept": STOCK | KEPT,
-    "+ chunks of like length, plain attention": STOCK | {"chunks": True},
+    "+ hardly any padding, plain attention": STOCK | {"chunks": True},
     "+ bf16": STOCK | {"chunks": True, "precision": "auto"},
     "+ freed memory kept": STOCK | {"chunks": True} | KEPT,
     BATCH: STOCK | {"chunks": True, "batch_size": TRAIN.batch_size} | KEPT,
@@ -107,7 +107,8 @@ def main() -> None:
         device, precision = device_and_precision()
         # Speed first: for the gain this process encodes texts, and a child counts its parent's peak memory as its own.
         for name in [name for name in ("speed", "gain") if name in arguments.tables]:
-            sections = [describe(clones[0], arguments.seeds, arguments.rounds)]
+            repeated = f"{arguments.rounds} rounds" if name == "speed" else f"seeds {arguments.seeds}"
+            sections = [describe(clones[0], repeated)]
             for clone in clones:
                 sections.append(describe_data(clone))
                 sections.append(
@@ -130,14 +131,14 @@ def device_and_precision() -> tuple[str, str]:
     return device.type, next((name for name, chosen in choose_precision("auto").items() if chosen), "fp32")
 
 
-def describe(clone: Path, seeds: list[int], rounds: int) -> str:
+def describe(clone: Path, repeated: str) -> str:
     """What was measured, and on what."""
     from shared import environment
 
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=clone, text=True).strip()
     here = environment.describe()
     machine = ", ".join(f"{name} {here[name]}" for name in ("device", "processor", "threads", "torch"))
-    return f"<!-- Written by benchmarks/bench.py: commit {commit}, seeds {seeds}, {rounds} rounds, {machine}. -->"
+    return f"<!-- Written by benchmarks/bench.py: commit {commit}, {repeated}, {machine}. -->"
 
 
 def describe_data(clone: Path) -> str:

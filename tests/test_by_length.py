@@ -166,27 +166,53 @@ def test_chunks_are_those_of_the_precision_and_the_model(small_bert, static_mode
     narrow, static = (SentenceTransformer(str(folder), device="cpu") for folder in (small_bert, static_model))
     wide = SentenceTransformer(modules=[*narrow, Dense(32, 768)], device="cpu")
     lstm = SentenceTransformer(modules=[narrow[0], LSTM(32, 16), Pooling(32)], device="cpu")
-    expected = {narrow: 8, static: 1, wide: 1, lstm: 8} if in_bf16 else {narrow: None, static: 1, wide: None, lstm: 1}
+    pooled_within = SentenceTransformer(modules=[narrow[0]], device="cpu")
+    expected = (
+        {narrow: 8, static: 1, wide: 1, lstm: 8, pooled_within: 8}
+        if in_bf16
+        else {narrow: None, static: 1, wide: None, lstm: 1, pooled_within: 1}
+    )
     for model, multiple in expected.items():
         assert chunk_shape(model, in_bf16)["multiple"] == (1 if torch.accelerator.is_available() else multiple)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 @pytest.mark.parametrize("kind", sorted(END_TO_END_MODELS))
-def test_texts_of_each_of_these_models_lie_end_to_end(small_bert, kind):
+def test_texts_of_each_of_these_models_lie_end_to_end(small_bert, kind, pooling):
     config = AutoConfig.for_model(kind, vocab_size=30_522, pad_token_id=0, attention_dropout=0.0, **SIZES[kind])
     torch.manual_seed(0)
     model = SentenceTransformer(str(small_bert), device="cpu")
     model[0].model = AutoModel.from_config(config)
+    model[1].pooling_mode = pooling
     assert takes_end_to_end(model)
-    set_dropout(model.train(), 0.0)
+    set_dropout(model.to(torch.float64).train(), 0.0)
     rows = random_rows(0, 24)
     loss, gradients = loss_and_gradients(model, MultipleNegativesRankingLoss(model), rows)
     ours = ChunkedRankingLoss(model, nullcontext(), chunk_tokens=256, multiple=None)
     our_loss, our_gradients = loss_and_gradients(model, ours, rows)
-    assert our_loss == pytest.approx(loss, rel=1e-6)
-    assert distance(our_gradients, gradients) < 1e-5
+    assert our_loss == pytest.approx(loss, rel=1e-12)
+    assert distance(our_gradients, gradients) < 1e-10
     config.is_decoder = True
     assert not takes_end_to_end(model)
+
+
+def test_a_model_with_positions_of_its_own_is_padded(small_bert):
+    model = SentenceTransformer(str(small_bert), device="cpu")
+    model[0].model = AutoModel.from_config(AutoConfig.for_model("mpnet", vocab_size=30_522, **SMALL))
+    assert not takes_end_to_end(model)
+
+
+def test_a_batch_with_a_text_of_no_tokens_is_padded(small_bert):
+    model = SentenceTransformer(str(small_bert), device="cpu").train()
+    model[1].pooling_mode = "lasttoken"
+    set_dropout(model, 0.0)
+    columns, _ = features_of(model, random_rows(0, 8))
+    columns[1]["attention_mask"][3] = 0
+    texts = torch.arange(16)
+    padded, ours = (
+        ChunkedRankingLoss(model, nullcontext(), multiple=multiple).encode(columns, texts) for multiple in (1, None)
+    )
+    assert torch.equal(padded, ours)
 
 
 def test_attention_is_that_of_each_text_alone():

@@ -7,7 +7,7 @@ texts can lie end to end in one row, of which only attention has to know where o
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, takewhile
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from sentence_transformers.util import all_gather
 from torch.nn.functional import embedding, pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
+CHUNK_TOKENS = 512  # padding included
 PLAIN_ATTENTION_TOKENS = 512  # of the longest text for which a CPU takes plain attention
 WITHIN_TEXTS = "within_texts"  # our attention's name among the library's
 # Every token attends to all of its text, and positions are an argument. (MPNet's attention has them within.)
@@ -28,8 +29,9 @@ END_TO_END_MODELS = {"bert", "distilbert", "roberta", "xlm-roberta"}
 def chunk_shape(model: SentenceTransformer, in_bf16: bool) -> dict[str, int | None]:
     """The tokens of a chunk, padding included, and what its length is a multiple of: what trains fastest.
 
-    No multiple (None) is for texts end to end in one row, without padding: of MiniLM on a processor, in fp32, a batch
-    took two thirds to four fifths as long as in chunks of 512 tokens. Not measured in bf16.
+    No multiple (None) is for texts end to end in one row, without padding: of MiniLM on a processor, in fp32, the
+    forward pass took 0.62 to 0.88 times as long as in padded chunks of 512 tokens, forward and backward 0.63 to 0.90
+    times. Not measured in bf16.
 
     Small chunks pad less, large ones fill a GPU. A processor compiles a product in bf16 for its shape when it meets it
     (2 to 9 ms for one of MiniLM's that then takes 0.4 ms), so there few lengths are better than little padding. Not so
@@ -42,7 +44,9 @@ def chunk_shape(model: SentenceTransformer, in_bf16: bool) -> dict[str, int | No
     if not in_bf16 and takes_end_to_end(model):
         return {"chunk_tokens": 2_048, "multiple": None}
     is_narrow = model.transformers_model is not None and (model.get_embedding_dimension() or 0) < 768
-    return {"chunk_tokens": 1_024, "multiple": 8} if in_bf16 and is_narrow else {"chunk_tokens": 512, "multiple": 1}
+    if in_bf16 and is_narrow:
+        return {"chunk_tokens": 1_024, "multiple": 8}
+    return {"chunk_tokens": CHUNK_TOKENS, "multiple": 1}
 
 
 def takes_end_to_end(model: SentenceTransformer) -> bool:
@@ -51,7 +55,8 @@ def takes_end_to_end(model: SentenceTransformer) -> bool:
         isinstance(encoder, Transformer)
         and encoder.model.config.model_type in END_TO_END_MODELS
         and not getattr(encoder.model.config, "is_decoder", False)
-        and isinstance(after[0], Pooling)
+        and encoder.model._can_set_attn_implementation()  # else it stays as it is, with a warning
+        and any(isinstance(module, Pooling) for module in after[:1])
     )
 
 
@@ -59,7 +64,8 @@ class ChunkedRankingLoss(MultipleNegativesRankingLoss):
     """MultipleNegativesRankingLoss, of which the encoder runs on chunks of texts of like length.
 
     With a `gradient_share` of 1 its gradients are the library's, up to rounding. In bf16 a chunk's gradients are
-    rounded too: on 48 MONDO pairs they were 1.34% off those of float32, the library's 1.31%.
+    rounded too: on 48 MONDO pairs they were 1.34% off those of float32, the library's 1.31%. A `multiple` of None is
+    for models of which `takes_end_to_end` is true.
 
     With a smaller one the encoder goes backward only for the texts that have this share of the squared gradient at the
     embeddings, as few as do: at 0.95 a quarter of them, late in training. Which they are is known once all are encoded,
@@ -72,7 +78,7 @@ class ChunkedRankingLoss(MultipleNegativesRankingLoss):
         model: SentenceTransformer,
         precision: AbstractContextManager,
         *,
-        chunk_tokens: int = 512,
+        chunk_tokens: int = CHUNK_TOKENS,
         multiple: int | None = 1,
         gradient_share: float = 1.0,
         **options: Any,
@@ -106,11 +112,14 @@ class ChunkedRankingLoss(MultipleNegativesRankingLoss):
     def encode(self, columns: list[dict[str, Any]], texts: torch.Tensor) -> torch.Tensor:
         """Embeddings of these texts, shape (texts, dimensions); numbers, ascending, go on from column to column."""
         model = extract_model_from_parallel(self.model)
-        multiple = self.multiple or (1 if goes_forward_twice(model) else None)
-        chunks, places = in_chunks(columns, texts.tolist(), self.chunk_tokens, multiple)
+        tokens, multiple = self.chunk_tokens, self.multiple
+        has_empty = not all(features["attention_mask"].any(dim=1).all() for features in columns)
+        if multiple is None and (has_empty or goes_forward_twice(model)):
+            tokens, multiple = CHUNK_TOKENS, 1
+        chunks, places = in_chunks(columns, texts.tolist(), tokens, multiple)
         if multiple is None:
             # RoBERTa's first position is the number after that of its padding.
-            first = 1 + getattr(model.transformers_model.embeddings, "padding_idx", -1)
+            first = 1 + getattr(model.transformers_model.base_model.embeddings, "padding_idx", -1)
             chunks = [chunk | {"position_ids": chunk["position_ids"] + first} for chunk in chunks]
         # One `precision` (autocast) around all chunks, so that each weight is rounded once.
         with self.precision, fitting_attention(model, columns, multiple), words_looked_up_once(model, chunks):
@@ -155,7 +164,8 @@ def split(lengths: dict[int, int], tokens: int, multiple: int | None) -> Iterato
     texts = sorted(lengths, key=lengths.__getitem__, reverse=True)
     while texts:
         if multiple is None:
-            count = sum(total <= tokens for total in accumulate(lengths[text] for text in texts))
+            totals = accumulate(lengths[text] for text in texts)
+            count = len(list(takewhile(lambda total: total <= tokens, totals)))
         else:
             count = tokens // rounded_up(max(1, lengths[texts[0]]), multiple)
         yield texts[: max(1, count)]
@@ -180,7 +190,7 @@ def cut(features: dict[str, Any], rows: torch.Tensor, multiple: int) -> dict[str
 
 
 def end_to_end(features: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
-    """These rows as one without padding: what the library makes of texts where it has flash attention."""
+    """These rows as one without padding, by the names that the library gives that where it has flash attention."""
     mask = features["attention_mask"]
     used = mask[rows].bool()
     lengths = used.sum(dim=1)
@@ -190,7 +200,6 @@ def end_to_end(features: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
             own[name] = value[rows][used][None] if value.shape == mask.shape else value[rows]
     return own | {
         "position_ids": (used.cumsum(dim=1) - 1)[used][None],
-        "seq_idx": torch.arange(len(rows)).repeat_interleave(lengths)[None],
         "cu_seq_lens_q": pad(lengths.cumsum(dim=0), (1, 0)),
     }
 
@@ -215,10 +224,11 @@ def words_looked_up_once(model: SentenceTransformer, chunks: list[dict[str, Any]
 
 
 @contextmanager
-def fitting_attention(model: SentenceTransformer, columns: list, multiple: int | None) -> Iterator[None]:
-    """Within texts where they lie end to end; else plain on a CPU, where torch's fused one is several times slower.
+def fitting_attention(model: SentenceTransformer, columns: list[dict], multiple: int | None) -> Iterator[None]:
+    """Attention within texts where they lie end to end; else, on a CPU, the plain one if texts are short.
 
-    Backward, and on short texts: plain attention keeps length x length weights, so not for long ones.
+    Torch's fused one goes backward on them several times slower. The plain one keeps length x length weights: long ones
+    are left to the fused, as are all if the backward pass repeats the forward one, outside this context.
     """
     transformer = model.transformers_model
     longest = max(features["attention_mask"].shape[1] for features in columns)
@@ -234,6 +244,7 @@ def fitting_attention(model: SentenceTransformer, columns: list, multiple: int |
         transformer.set_attn_implementation(usual)
 
 
+@torch.compiler.disable  # it would compile for each list of lengths
 def attention_within_texts(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -268,5 +279,5 @@ AttentionInterface.register(WITHIN_TEXTS, attention_within_texts)
 
 
 def goes_forward_twice(model: SentenceTransformer) -> bool:
-    """Gradient checkpointing: once more in the backward pass, outside our contexts."""
+    """Gradient checkpointing: the second time in the backward pass, outside the contexts of `encode`."""
     return getattr(model.transformers_model, "is_activation_checkpointing", False)
