@@ -13,7 +13,7 @@ from sentence_transformers.sentence_transformer.modules import LSTM, Dense, Pool
 from transformers import AutoConfig, AutoModel
 
 from shared.by_length import (
-    END_TO_END_MODELS,
+    SWITCHABLE_MODELS,
     ChunkedRankingLoss,
     attention_within_texts,
     chunk_shape,
@@ -28,7 +28,7 @@ from train import SYMMETRIC, set_dropout
 
 HARDNESS = SYMMETRIC | {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-SIZES = dict.fromkeys(["bert", "roberta", "xlm-roberta"], SMALL)
+SIZES = dict.fromkeys(["bert", "roberta", "xlm-roberta", "mpnet"], SMALL)
 SIZES |= {"distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}}
 WORDS = ["fever", "heart", "liver", "of", "the", "acute", "upper", "tooth", "absent", "skin", "bone", "weakness"]
 
@@ -177,9 +177,10 @@ def test_chunks_are_those_of_the_precision_and_the_model(small_bert, static_mode
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
-@pytest.mark.parametrize("kind", sorted(END_TO_END_MODELS))
+@pytest.mark.parametrize("kind", [*sorted(SWITCHABLE_MODELS), "mpnet"])
 def test_texts_of_each_of_these_models_lie_end_to_end(small_bert, kind, pooling):
-    config = AutoConfig.for_model(kind, vocab_size=30_522, pad_token_id=0, attention_dropout=0.0, **SIZES[kind])
+    padding = {} if kind == "mpnet" else {"pad_token_id": 0}
+    config = AutoConfig.for_model(kind, vocab_size=30_522, attention_dropout=0.0, **padding, **SIZES[kind])
     torch.manual_seed(0)
     model = SentenceTransformer(str(small_bert), device="cpu")
     model[0].model = AutoModel.from_config(config)
@@ -192,13 +193,12 @@ def test_texts_of_each_of_these_models_lie_end_to_end(small_bert, kind, pooling)
     our_loss, our_gradients = loss_and_gradients(model, ours, rows)
     assert our_loss == pytest.approx(loss, rel=1e-12)
     assert distance(our_gradients, gradients) < 1e-10
-    config.is_decoder = True
-    assert not takes_end_to_end(model)
 
 
-def test_a_model_with_positions_of_its_own_is_padded(small_bert):
+@pytest.mark.parametrize(("kind", "options"), [("modernbert", {}), ("bert", {"is_decoder": True})])
+def test_models_that_attend_to_a_part_of_a_text_are_padded(small_bert, kind, options):
     model = SentenceTransformer(str(small_bert), device="cpu")
-    model[0].model = AutoModel.from_config(AutoConfig.for_model("mpnet", vocab_size=30_522, **SMALL))
+    model[0].model = AutoModel.from_config(AutoConfig.for_model(kind, **SMALL, **options))
     assert not takes_end_to_end(model)
 
 
@@ -215,15 +215,18 @@ def test_a_batch_with_a_text_of_no_tokens_is_padded(small_bert):
     assert torch.equal(padded, ours)
 
 
-def test_attention_is_that_of_each_text_alone():
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_attention_is_that_of_each_text_alone(with_bias):
     lengths = [600, 512, 7, 7, 7, 1]
     ends = torch.tensor([0, *accumulate(lengths)])
     query, key, value = torch.randn(3, 1, 2, sum(lengths), 4, dtype=torch.float64, generator=torch.manual_seed(0))
-    options = {"cu_seq_lens_q": ends, "scaling": 0.3}
+    bias = torch.randn(2, 1, 600, 600, dtype=torch.float64, generator=torch.manual_seed(1)) * with_bias
+    options = {"cu_seq_lens_q": ends, "scaling": 0.3, "bias": bias if with_bias else None}
     attended, _ = attention_within_texts(None, query, key, value, None, **options)
     for start, end in pairwise(ends.tolist()):
         q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
-        alone = torch.softmax(0.3 * q @ k.transpose(2, 3), dim=-1) @ v
+        of_positions = bias[:, 0, : end - start, : end - start]
+        alone = torch.softmax(0.3 * q @ k.transpose(2, 3) + of_positions, dim=-1) @ v
         assert torch.allclose(attended[:, start:end], alone.transpose(1, 2))
     dropped, _ = attention_within_texts(None, query, key, value, None, **options, dropout=1 - 1e-9)
     assert not dropped.any()

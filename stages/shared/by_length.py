@@ -7,6 +7,7 @@ texts can lie end to end in one row, of which only attention has to know where o
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import accumulate, groupby, takewhile
 from typing import Any
 
@@ -17,21 +18,21 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from sentence_transformers.util import all_gather
 from torch.nn.functional import embedding, pad, scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 CHUNK_TOKENS = 512  # padding included
 PLAIN_ATTENTION_TOKENS = 512  # of the longest text for which a CPU takes plain attention
 WITHIN_TEXTS = "within_texts"  # our attention's name among the library's
-# Every token attends to all of its text, and positions are an argument. (MPNet's attention has them within.)
-END_TO_END_MODELS = {"bert", "distilbert", "roberta", "xlm-roberta"}
+# Every token attends to all of its text, by an attention that can be switched; and positions are an argument.
+SWITCHABLE_MODELS = {"bert", "distilbert", "roberta", "xlm-roberta"}
 
 
 def chunk_shape(model: SentenceTransformer, in_bf16: bool) -> dict[str, int | None]:
     """The tokens of a chunk, padding included, and what its length is a multiple of: what trains fastest.
 
-    No multiple (None) is for texts end to end in one row, without padding: of MiniLM on a processor, in fp32, the
-    forward pass took 0.62 to 0.88 times as long as in padded chunks of 512 tokens, forward and backward 0.63 to 0.90
-    times. Not measured in bf16.
+    No multiple (None) is for texts end to end in one row, without padding: on a processor, in fp32, the forward pass
+    took 0.62 to 0.88 (MiniLM) and 0.80 times (mpnet) as long as in padded chunks of 512 tokens, forward and backward
+    0.63 to 0.90 and 0.73 to 0.77 times. Not measured in bf16.
 
     Small chunks pad less, large ones fill a GPU. A processor compiles a product in bf16 for its shape when it meets it
     (2 to 9 ms for one of MiniLM's that then takes 0.4 ms), so there few lengths are better than little padding. Not so
@@ -51,13 +52,12 @@ def chunk_shape(model: SentenceTransformer, in_bf16: bool) -> dict[str, int | No
 
 def takes_end_to_end(model: SentenceTransformer) -> bool:
     encoder, *after = model
-    return (
-        isinstance(encoder, Transformer)
-        and encoder.model.config.model_type in END_TO_END_MODELS
-        and not getattr(encoder.model.config, "is_decoder", False)
-        and encoder.model._can_set_attn_implementation()  # else it stays as it is, with a warning
-        and any(isinstance(module, Pooling) for module in after[:1])
-    )
+    if not isinstance(encoder, Transformer) or not any(isinstance(module, Pooling) for module in after[:1]):
+        return False
+    config = encoder.model.config
+    if config.model_type in SWITCHABLE_MODELS and not getattr(config, "is_decoder", False):
+        return encoder.model._can_set_attn_implementation()  # else it stays as it is, with a warning
+    return config.model_type == "mpnet"
 
 
 class ChunkedRankingLoss(MultipleNegativesRankingLoss):
@@ -223,21 +223,29 @@ def words_looked_up_once(model: SentenceTransformer, chunks: list[dict[str, Any]
     return table.register_forward_hook(lambda _, ids, __: embedding(torch.searchsorted(used, *ids), words))
 
 
-@contextmanager
-def fitting_attention(model: SentenceTransformer, columns: list[dict], multiple: int | None) -> Iterator[None]:
+def fitting_attention(
+    model: SentenceTransformer, columns: list[dict[str, Any]], multiple: int | None
+) -> AbstractContextManager:
     """Attention within texts where they lie end to end; else, on a CPU, the plain one if texts are short.
 
     Torch's fused one goes backward on them several times slower. The plain one keeps length x length weights: long ones
     are left to the fused, as are all if the backward pass repeats the forward one, outside this context.
     """
     transformer = model.transformers_model
+    if multiple is None:
+        is_mpnet = transformer.config.model_type == "mpnet"
+        return mpnet_attention_within_texts(model) if is_mpnet else switched(transformer, WITHIN_TEXTS)
     longest = max(features["attention_mask"].shape[1] for features in columns)
     fits = model.device.type == "cpu" and longest <= PLAIN_ATTENTION_TOKENS
-    if multiple is not None and (transformer is None or not fits or goes_forward_twice(model)):
-        yield
-        return
+    if transformer is None or not fits or goes_forward_twice(model):
+        return nullcontext()
+    return switched(transformer, "eager")
+
+
+@contextmanager
+def switched(transformer: PreTrainedModel, attention: str) -> Iterator[None]:
     usual = transformer.config._attn_implementation
-    transformer.set_attn_implementation("eager" if multiple else WITHIN_TEXTS)
+    transformer.set_attn_implementation(attention)
     try:
         yield
     finally:
@@ -255,11 +263,13 @@ def attention_within_texts(
     cu_seq_lens_q: torch.Tensor,
     scaling: float,
     dropout: float = 0.0,
+    bias: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of texts end to end, those of a length at once; of shape (1, tokens, heads, size of a head).
 
     `query`, `key`, `value`: of shape (1, heads, tokens, size of a head). `cu_seq_lens_q`: where texts begin and end.
+    `bias`: of positions, shape (heads, 1, longest, longest).
     """
     like = [(length, len(list(texts))) for length, texts in groupby(cu_seq_lens_q.diff().tolist())]
     tokens = [length * texts for length, texts in like]
@@ -267,15 +277,55 @@ def attention_within_texts(
     attended = []
     for (length, texts), part in zip(like, parts, strict=True):
         q, k, v = (tensor.unflatten(1, (texts, length)) for tensor in part)
+        of_positions = None if bias is None else bias[..., :length, :length]
         if length > PLAIN_ATTENTION_TOKENS:
-            own = scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+            own = scaled_dot_product_attention(q, k, v, attn_mask=of_positions, dropout_p=dropout, scale=scaling)
         else:
-            own = torch.dropout((q * scaling @ k.transpose(-1, -2)).softmax(dim=-1), dropout, train=True) @ v
+            scores = q * scaling @ k.transpose(-1, -2)
+            weights = (scores if bias is None else scores + of_positions).softmax(dim=-1)
+            own = torch.dropout(weights, dropout, train=True) @ v
         attended.append(own.flatten(1, 2))
     return torch.cat(attended, dim=1).transpose(0, 1)[None], None
 
 
 AttentionInterface.register(WITHIN_TEXTS, attention_within_texts)
+
+
+@contextmanager
+def mpnet_attention_within_texts(model: SentenceTransformer) -> Iterator[None]:
+    """MPNet's layers have their attention built in: their `forward` is ours in this context.
+
+    Its bias goes by how far two tokens are apart, so that a text's is the beginning of the longest's.
+    """
+    chunk: dict[str, Any] = {}
+    encoder = model.transformers_model.base_model.encoder
+    layers = [layer.attention.attn for layer in encoder.layer]
+    bias_of = encoder.compute_position_bias
+
+    def forward(layer: torch.nn.Module, hidden: torch.Tensor, _: None, bias: torch.Tensor, **__: Any) -> tuple:
+        parts = (part(hidden).unflatten(-1, (layer.num_attention_heads, -1)) for part in (layer.q, layer.k, layer.v))
+        attended, _ = attention_within_texts(
+            layer,
+            *(part.transpose(1, 2) for part in parts),
+            None,
+            cu_seq_lens_q=chunk["cu_seq_lens_q"],
+            scaling=layer.attention_head_size**-0.5,
+            dropout=layer.dropout.p if layer.training else 0.0,
+            bias=bias.transpose(0, 1),
+        )
+        return (layer.o(attended.flatten(2)),)
+
+    hook = model.register_forward_pre_hook(lambda _, inputs: chunk.update(*inputs))
+    encoder.compute_position_bias = lambda hidden: bias_of(hidden[:, : chunk["cu_seq_lens_q"].diff().max()])
+    for layer in layers:
+        layer.forward = partial(forward, layer)
+    try:
+        yield
+    finally:
+        hook.remove()
+        del encoder.compute_position_bias
+        for layer in layers:
+            del layer.forward
 
 
 def goes_forward_twice(model: SentenceTransformer) -> bool:
