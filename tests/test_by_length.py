@@ -67,6 +67,15 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
+def random_model(small_bert, kind):
+    """Of this architecture, with the tokenizer and pooling of `small_bert`."""
+    padding = {} if kind == "mpnet" else {"pad_token_id": 0}
+    model = SentenceTransformer(str(small_bert), device="cpu")
+    torch.manual_seed(0)
+    model[0].model = AutoModel.from_config(AutoConfig.for_model(kind, vocab_size=30_522, **padding, **SIZES[kind]))
+    return model
+
+
 @pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["float64", "float32"])
 def model(request, small_bert):
     model = SentenceTransformer(str(small_bert), device="cpu").to(request.param)
@@ -179,11 +188,7 @@ def test_chunks_are_those_of_the_precision_and_the_model(small_bert, static_mode
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 @pytest.mark.parametrize("kind", [*sorted(SWITCHABLE_MODELS), "mpnet"])
 def test_texts_of_each_of_these_models_lie_end_to_end(small_bert, kind, pooling):
-    padding = {} if kind == "mpnet" else {"pad_token_id": 0}
-    config = AutoConfig.for_model(kind, vocab_size=30_522, attention_dropout=0.0, **padding, **SIZES[kind])
-    torch.manual_seed(0)
-    model = SentenceTransformer(str(small_bert), device="cpu")
-    model[0].model = AutoModel.from_config(config)
+    model = random_model(small_bert, kind)
     model[1].pooling_mode = pooling
     assert takes_end_to_end(model)
     set_dropout(model.to(torch.float64).train(), 0.0)
@@ -193,6 +198,22 @@ def test_texts_of_each_of_these_models_lie_end_to_end(small_bert, kind, pooling)
     our_loss, our_gradients = loss_and_gradients(model, ours, rows)
     assert our_loss == pytest.approx(loss, rel=1e-12)
     assert distance(our_gradients, gradients) < 1e-10
+    assert loss_and_gradients(model, MultipleNegativesRankingLoss(model), rows)[0] == loss  # nothing of ours is left
+
+
+@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+def test_attention_has_the_models_dropout_in_training(small_bert, kind):
+    model = random_model(small_bert, kind)
+    set_dropout(model, 0.0)
+    for name, module in model.named_modules():
+        if name.endswith(("self.dropout", "attn.dropout")):
+            module.p = 0.5
+    columns, _ = features_of(model, random_rows(0, 4))
+    loss = ChunkedRankingLoss(model, nullcontext(), multiple=None)
+    for training in (True, False):
+        model.train(training)
+        one, other = (loss.encode(columns, torch.arange(8)) for _ in range(2))
+        assert torch.equal(one, other) != training
 
 
 @pytest.mark.parametrize(("kind", "options"), [("modernbert", {}), ("bert", {"is_decoder": True})])

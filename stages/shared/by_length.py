@@ -18,12 +18,12 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from sentence_transformers.util import all_gather
 from torch.nn.functional import embedding, pad, scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, MPNetModel, PreTrainedModel
 
-CHUNK_TOKENS = 512  # padding included
+CHUNK_TOKENS = 512  # of a padded chunk, padding included
 PLAIN_ATTENTION_TOKENS = 512  # of the longest text for which a CPU takes plain attention
 WITHIN_TEXTS = "within_texts"  # our attention's name among the library's
-# Every token attends to all of its text, by an attention that can be switched; and positions are an argument.
+# Every token attends to all of its text, and positions and attention come from outside.
 SWITCHABLE_MODELS = {"bert", "distilbert", "roberta", "xlm-roberta"}
 
 
@@ -57,7 +57,11 @@ def takes_end_to_end(model: SentenceTransformer) -> bool:
     config = encoder.model.config
     if config.model_type in SWITCHABLE_MODELS and not getattr(config, "is_decoder", False):
         return encoder.model._can_set_attn_implementation()  # else it stays as it is, with a warning
-    return config.model_type == "mpnet"
+    return is_mpnet(encoder.model)
+
+
+def is_mpnet(transformer: PreTrainedModel) -> bool:
+    return isinstance(getattr(transformer, "base_model", None), MPNetModel)
 
 
 class ChunkedRankingLoss(MultipleNegativesRankingLoss):
@@ -118,7 +122,7 @@ class ChunkedRankingLoss(MultipleNegativesRankingLoss):
             tokens, multiple = CHUNK_TOKENS, 1
         chunks, places = in_chunks(columns, texts.tolist(), tokens, multiple)
         if multiple is None:
-            # RoBERTa's first position is the number after that of its padding.
+            # RoBERTa's and MPNet's first position is the number after that of its padding.
             first = 1 + getattr(model.transformers_model.base_model.embeddings, "padding_idx", -1)
             chunks = [chunk | {"position_ids": chunk["position_ids"] + first} for chunk in chunks]
         # One `precision` (autocast) around all chunks, so that each weight is rounded once.
@@ -233,8 +237,7 @@ def fitting_attention(
     """
     transformer = model.transformers_model
     if multiple is None:
-        is_mpnet = transformer.config.model_type == "mpnet"
-        return mpnet_attention_within_texts(model) if is_mpnet else switched(transformer, WITHIN_TEXTS)
+        return mpnet_within_texts(model) if is_mpnet(transformer) else switched(transformer, WITHIN_TEXTS)
     longest = max(features["attention_mask"].shape[1] for features in columns)
     fits = model.device.type == "cpu" and longest <= PLAIN_ATTENTION_TOKENS
     if transformer is None or not fits or goes_forward_twice(model):
@@ -292,8 +295,8 @@ AttentionInterface.register(WITHIN_TEXTS, attention_within_texts)
 
 
 @contextmanager
-def mpnet_attention_within_texts(model: SentenceTransformer) -> Iterator[None]:
-    """MPNet's layers have their attention built in: their `forward` is ours in this context.
+def mpnet_within_texts(model: SentenceTransformer) -> Iterator[None]:
+    """MPNet's layers have their attention built in, and are not told where texts end: their `forward` is ours here.
 
     Its bias goes by how far two tokens are apart, so that a text's is the beginning of the longest's.
     """
@@ -302,21 +305,29 @@ def mpnet_attention_within_texts(model: SentenceTransformer) -> Iterator[None]:
     layers = [layer.attention.attn for layer in encoder.layer]
     bias_of = encoder.compute_position_bias
 
+    def bias_of_longest(hidden: torch.Tensor) -> torch.Tensor:
+        return bias_of(hidden[:, : chunk["cu_seq_lens_q"].diff().max()]).transpose(0, 1)
+
     def forward(layer: torch.nn.Module, hidden: torch.Tensor, _: None, bias: torch.Tensor, **__: Any) -> tuple:
-        parts = (part(hidden).unflatten(-1, (layer.num_attention_heads, -1)) for part in (layer.q, layer.k, layer.v))
-        attended, _ = attention_within_texts(
+        heads = layer.num_attention_heads
+        query, key, value = (
+            linear(hidden).unflatten(-1, (heads, -1)).transpose(1, 2) for linear in (layer.q, layer.k, layer.v)
+        )
+        attended, weights = attention_within_texts(
             layer,
-            *(part.transpose(1, 2) for part in parts),
+            query,
+            key,
+            value,
             None,
             cu_seq_lens_q=chunk["cu_seq_lens_q"],
             scaling=layer.attention_head_size**-0.5,
             dropout=layer.dropout.p if layer.training else 0.0,
-            bias=bias.transpose(0, 1),
+            bias=bias,
         )
-        return (layer.o(attended.flatten(2)),)
+        return layer.o(attended.flatten(2)), weights
 
-    hook = model.register_forward_pre_hook(lambda _, inputs: chunk.update(*inputs))
-    encoder.compute_position_bias = lambda hidden: bias_of(hidden[:, : chunk["cu_seq_lens_q"].diff().max()])
+    hook = model.register_forward_pre_hook(lambda _, inputs: chunk.update(inputs[0]))
+    encoder.compute_position_bias = bias_of_longest
     for layer in layers:
         layer.forward = partial(forward, layer)
     try:
