@@ -106,16 +106,15 @@ def main() -> None:
             prepare(clones[-1], card, {"models.base": base, "train.seeds": arguments.seeds})
         device, precision = device_and_precision()
         # Speed first: for the gain this process encodes texts, and a child counts its parent's peak memory as its own.
-        for name in [name for name in ("speed", "gain") if name in arguments.tables]:
-            repeated = f"{arguments.rounds} rounds" if name == "speed" else f"seeds {arguments.seeds}"
+        tables = {
+            "speed": (f"{arguments.rounds} rounds", lambda clone: speed(clone, device, precision, arguments.rounds)),
+            "gain": (f"seeds {arguments.seeds}", lambda clone: gain(clone, arguments.seeds)),
+        }
+        for name in [name for name in tables if name in arguments.tables]:
+            repeated, measure = tables[name]
             sections = [describe(clones[0], repeated)]
             for clone in clones:
-                sections.append(describe_data(clone))
-                sections.append(
-                    speed(clone, device, precision, arguments.rounds)
-                    if name == "speed"
-                    else gain(clone, arguments.seeds)
-                )
+                sections += [describe_data(clone), measure(clone)]
                 text = "\n\n".join(sections) + "\n"
                 (ROOT / f"benchmarks/{name}-{device}-{precision}.md").write_text(text)
             print(text)

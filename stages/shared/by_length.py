@@ -5,7 +5,7 @@ loss needs the embeddings of all texts of a batch at once, the encoder does not.
 texts can lie end to end in one row, of which only attention has to know where one ends.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate, groupby, takewhile
@@ -186,26 +186,30 @@ def cut(features: dict[str, Any], rows: torch.Tensor, multiple: int) -> dict[str
     used = mask[rows].any(dim=0)
     length = rounded_up(max(1, int(used.sum())), multiple)
     kept = used.int().argsort(descending=True, stable=True)[:length].sort().values
-    own = dict(features)
-    for name, value in features.items():
-        if isinstance(value, torch.Tensor) and len(value) == len(mask):
-            own[name] = value[rows][:, kept] if value.shape == mask.shape else value[rows]
-    return own
+    return of_rows(features, rows, lambda tokens: tokens[:, kept])
 
 
 def end_to_end(features: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
     """These rows as one without padding, by the names that the library gives that where it has flash attention."""
-    mask = features["attention_mask"]
-    used = mask[rows].bool()
-    lengths = used.sum(dim=1)
-    own = {name: value for name, value in features.items() if name != "attention_mask"}
-    for name, value in own.items():
-        if isinstance(value, torch.Tensor) and len(value) == len(mask):
-            own[name] = value[rows][used][None] if value.shape == mask.shape else value[rows]
+    used = features["attention_mask"][rows].bool()
+    own = of_rows(features, rows, lambda tokens: tokens[used][None])
+    del own["attention_mask"]
     return own | {
         "position_ids": (used.cumsum(dim=1) - 1)[used][None],
-        "cu_seq_lens_q": pad(lengths.cumsum(dim=0), (1, 0)),
+        "cu_seq_lens_q": pad(used.sum(dim=1).cumsum(dim=0), (1, 0)),
     }
+
+
+def of_rows(
+    features: dict[str, Any], rows: torch.Tensor, of_tokens: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Any]:
+    """These rows of each tensor that has one a text, and `of_tokens` of those with a value for each token."""
+    shape = features["attention_mask"].shape
+    own = dict(features)
+    for name, value in features.items():
+        if isinstance(value, torch.Tensor) and len(value) == shape[0]:
+            own[name] = of_tokens(value[rows]) if value.shape == shape else value[rows]
+    return own
 
 
 def words_looked_up_once(model: SentenceTransformer, chunks: list[dict[str, Any]]) -> AbstractContextManager:
