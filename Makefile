@@ -14,7 +14,7 @@ run: $(BIN)/.installed  ## install, then run what has changed of the pipeline (d
 	@sed '/^## /,$$d; /^!/d' metrics/report.md
 	@echo 'The rest, with pictures and examples: metrics/report.md'
 
-test: $(BIN)/.installed  ## run the tests (offline, ten to twenty minutes)
+test: $(BIN)/.installed  ## run the tests (offline, ten to twenty-five minutes)
 	pytest
 
 # Sorted by the validation score: whoever picks the best by its test score has tuned to the test. Of the other columns,
