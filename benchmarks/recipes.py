@@ -258,8 +258,8 @@ def optimizers_of(model: SentenceTransformer, recipe: Recipe) -> list[torch.opti
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon with a momentum of 0.95 and no weight decay, of whole matrices or by blocks; in float32.
 
-    torch's multiplies in bf16, for which a processor without it takes many times as long. By blocks: as Kimi K3's
-    attention heads (2026).
+    torch's multiplies in bf16, for which a processor without it takes many times as long. Of blocks, Kimi K3
+    (2026) takes one for each attention head.
     """
 
     def __init__(self, matrices: Iterable[torch.nn.Parameter], lr: float, block: int) -> None:
