@@ -273,10 +273,10 @@ class Muon(torch.optim.Optimizer):
                 average = self.state[weight].setdefault("average", torch.zeros_like(weight))
                 average.lerp_(weight.grad, 0.05)
                 step = weight.grad.lerp(average, 0.95)
-                tall = step if len(step) >= step.shape[1] else step.T
-                blocks = tall.split(self.block or len(tall))
-                step = torch.cat([orthogonal(block) * max(block.shape) ** 0.5 for block in blocks])
-                weight.sub_(step if tall.shape == weight.shape else step.T, alpha=0.2 * group["lr"])
+                longer = int(step.shape[1] > step.shape[0])
+                blocks = step.split(self.block or step.shape[longer], longer)
+                step = torch.cat([orthogonal(block) * max(block.shape) ** 0.5 for block in blocks], longer)
+                weight.sub_(step, alpha=0.2 * group["lr"])
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
