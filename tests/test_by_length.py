@@ -10,6 +10,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import LSTM, Dense, Pooling
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
 from shared.by_length import (
@@ -198,7 +199,30 @@ def test_texts_of_each_of_these_models_lie_end_to_end(small_bert, kind, pooling)
     our_loss, our_gradients = loss_and_gradients(model, ours, rows)
     assert our_loss == pytest.approx(loss, rel=1e-12)
     assert distance(our_gradients, gradients) < 1e-10
+    (_, padded), (_, end_to_end) = (
+        loss_and_gradients(model, ChunkedRankingLoss(model, nullcontext(), multiple=one, gradient_share=0.9), rows)
+        for one in (1, None)
+    )
+    assert distance(end_to_end, padded) < 1e-10
     assert loss_and_gradients(model, MultipleNegativesRankingLoss(model), rows)[0] == loss  # nothing of ours is left
+
+
+@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+def test_texts_that_are_encoded_again_take_no_product_again_but_with_dropout(small_bert, kind):
+    model = random_model(small_bert, kind).train()
+    rows = random_rows(0, 24)
+
+    def products(share, dropout):
+        set_dropout(model, dropout)
+        loss = ChunkedRankingLoss(model, nullcontext(), multiple=None, gradient_share=share)
+        with FlopCounterMode(display=False) as counter:
+            loss_and_gradients(model, loss, rows)
+        return counter.get_total_flops()
+
+    of_all = 1 - 1e-9
+    # But attention's. All of them again would be 4/3.
+    assert products(of_all, 0.0) < 1.2 * products(1.0, 0.0)
+    assert products(of_all, 0.1) > 1.3 * products(1.0, 0.1)
 
 
 @pytest.mark.parametrize("kind", ["bert", "mpnet"])

@@ -74,7 +74,8 @@ class ChunkedRankingLoss(MultipleNegativesRankingLoss):
     With a smaller one the encoder goes backward only for the texts that have this share of the squared gradient at the
     embeddings, as few as do: at 0.95 a quarter of them, late in training. Which they are is known once all are encoded,
     so those are encoded again (as in GradCache, Gao et al. 2021; the idea is Selective-Backprop's, Jiang et al. 2019).
-    With dropout, the second time it draws anew.
+    Where texts lie end to end, linear layers then take their outputs from the first time, which made a step of MiniLM 7
+    to 15%, one of mpnet 15 to 20% shorter. With dropout, the second time it draws anew, and nothing is taken.
     """
 
     def __init__(
@@ -100,7 +101,9 @@ class ChunkedRankingLoss(MultipleNegativesRankingLoss):
         texts = torch.arange(sum(len(features["attention_mask"]) for features in columns))
         if self.gradient_share == 1 or not torch.is_grad_enabled():
             return self.loss_of(self.encode(columns, texts), columns, labels)
-        with torch.no_grad():
+        model = extract_model_from_parallel(self.model)
+        is_repeatable = self.shape_for(columns)[1] is None and not draws_dropout(model)
+        with torch.no_grad(), outputs_noted(linear_layers(model) if is_repeatable else []) as outputs:
             embeddings = self.encode(columns, texts)
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)).requires_grad_()
         loss = self.loss_of(embeddings, columns, labels)
@@ -110,16 +113,14 @@ class ChunkedRankingLoss(MultipleNegativesRankingLoss):
         # On the CPU: a GPU's cumulative sum is not the same at each run.
         kept = steep(squares.cpu(), of_all_processes.cpu(), self.gradient_share)
         # The loss's value, and by the chain rule its gradient, through the kept texts.
-        through = (self.encode(columns, kept) * gradient[kept]).sum()
+        with outputs_known(outputs, tokens_end_to_end(columns, kept)):
+            through = (self.encode(columns, kept) * gradient[kept]).sum()
         return loss.detach() + through - through.detach()
 
     def encode(self, columns: list[dict[str, Any]], texts: torch.Tensor) -> torch.Tensor:
         """Embeddings of these texts, shape (texts, dimensions); numbers, ascending, go on from column to column."""
         model = extract_model_from_parallel(self.model)
-        tokens, multiple = self.chunk_tokens, self.multiple
-        has_empty = not all(features["attention_mask"].any(dim=1).all() for features in columns)
-        if multiple is None and (has_empty or goes_forward_twice(model)):
-            tokens, multiple = CHUNK_TOKENS, 1
+        tokens, multiple = self.shape_for(columns)
         chunks, places = in_chunks(columns, texts.tolist(), tokens, multiple)
         if multiple is None:
             # RoBERTa's and MPNet's first position is the number after that of its padding.
@@ -128,6 +129,13 @@ class ChunkedRankingLoss(MultipleNegativesRankingLoss):
         # One `precision` (autocast) around all chunks, so that each weight is rounded once.
         with self.precision, fitting_attention(model, columns, multiple), words_looked_up_once(model, chunks):
             return torch.cat([self.model(chunk)["sentence_embedding"] for chunk in chunks])[places]
+
+    def shape_for(self, columns: list[dict[str, Any]]) -> tuple[int, int | None]:
+        """Tokens of a chunk and the multiple: padded where this batch or model does not take texts end to end."""
+        has_empty = not all(features["attention_mask"].any(dim=1).all() for features in columns)
+        if self.multiple is None and (has_empty or goes_forward_twice(extract_model_from_parallel(self.model))):
+            return CHUNK_TOKENS, 1
+        return self.chunk_tokens, self.multiple
 
     def loss_of(self, embeddings: torch.Tensor, columns: list, labels: torch.Tensor | None) -> torch.Tensor:
         return self.compute_loss_from_embeddings(list(embeddings.chunk(len(columns))), labels)
@@ -142,6 +150,88 @@ def steep(squares: torch.Tensor, of_all_processes: torch.Tensor, share: float) -
     left_out = ascending[:-1].cumsum(dim=0) < (1 - share) * ascending.sum()
     least = torch.minimum(ascending[left_out.sum()], squares.max())
     return (~(squares < least)).nonzero().flatten()
+
+
+def linear_layers(model: SentenceTransformer) -> list[torch.nn.Linear]:
+    return [module for module in model.transformers_model.modules() if isinstance(module, torch.nn.Linear)]
+
+
+def draws_dropout(model: SentenceTransformer) -> bool:
+    return any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
+
+
+@contextmanager
+def outputs_noted(layers: list[torch.nn.Linear]) -> Iterator[dict[torch.nn.Linear, list[torch.Tensor]]]:
+    """What these layers give for each chunk that is encoded meanwhile, shape (1, tokens, width)."""
+    outputs: dict[torch.nn.Linear, list[torch.Tensor]] = {}
+
+    def note(layer: torch.nn.Linear, _: tuple, output: torch.Tensor) -> None:
+        if output.ndim == 3:  # not of a pooler, which has one a chunk
+            outputs.setdefault(layer, []).append(output)
+
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def outputs_known(outputs: dict[torch.nn.Linear, list[torch.Tensor]], is_kept: torch.Tensor) -> Iterator[None]:
+    """The layers take the outputs of the kept tokens, in their order, from those noted; which are freed.
+
+    `is_kept`: of each token of all chunks, shape (tokens,).
+    """
+
+    def forward(layer: torch.nn.Linear, left: list[torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+        output, left[0] = left[0].tensor_split([inputs.shape[1]], dim=1)
+        return KnownOutput.apply(inputs, layer.weight, layer.bias, output)
+
+    for layer, parts in outputs.items():
+        kept = is_kept.split([part.shape[1] for part in parts])
+        own = torch.cat([part[:, one] for part, one in zip(parts, kept, strict=True)], dim=1)
+        parts.clear()
+        layer.forward = partial(forward, layer, [own])
+    try:
+        yield
+    finally:
+        for layer in outputs:
+            del layer.forward
+
+
+class KnownOutput(torch.autograd.Function):
+    """A linear layer's output, which was computed before, with the layer's gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        of_inputs, of_weight, of_bias, _ = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        return (
+            gradient @ weight if of_inputs else None,
+            rows.T @ inputs.flatten(0, -2) if of_weight else None,
+            rows.sum(dim=0) if of_bias else None,
+            None,
+        )
+
+
+def tokens_end_to_end(columns: list[dict[str, Any]], kept: torch.Tensor) -> torch.Tensor:
+    """Which tokens are the kept texts', shape (tokens,), where all texts lie end to end: a column's longest first."""
+    lengths = [features["attention_mask"].sum(dim=1).cpu() for features in columns]
+    is_kept = torch.zeros(sum(len(own) for own in lengths), dtype=torch.bool).index_fill(0, kept, value=True)
+    parts = []
+    for own, own_kept in zip(lengths, is_kept.split([len(own) for own in lengths]), strict=True):
+        order = own.argsort(descending=True, stable=True)
+        parts.append(own_kept[order].repeat_interleave(own[order]))
+    return torch.cat(parts)
 
 
 def in_chunks(
