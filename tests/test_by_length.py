@@ -126,9 +126,9 @@ def test_in_bf16_gradients_are_off_by_less_than_one_rounding(small_bert):
     set_dropout(model, 0.0)
     rows = random_rows(0, 48)
     _, exact = loss_and_gradients(model, MultipleNegativesRankingLoss(model), rows)
-    for multiple in (1, 8):
+    for multiple, share in ((1, 1.0), (8, 1.0), (None, 1 - 1e-9)):
         bf16 = torch.autocast("cpu", torch.bfloat16)
-        loss = ChunkedRankingLoss(model, bf16, chunk_tokens=256, multiple=multiple)
+        loss = ChunkedRankingLoss(model, bf16, chunk_tokens=256, multiple=multiple, gradient_share=share)
         _, gradients = loss_and_gradients(model, loss, rows)
         assert 1e-5 < distance(gradients, exact) < 2**-8
 
@@ -200,14 +200,14 @@ def test_texts_of_each_of_these_models_lie_end_to_end(small_bert, kind, pooling)
     assert our_loss == pytest.approx(loss, rel=1e-12)
     assert distance(our_gradients, gradients) < 1e-10
     (_, padded), (_, end_to_end) = (
-        loss_and_gradients(model, ChunkedRankingLoss(model, nullcontext(), multiple=one, gradient_share=0.9), rows)
-        for one in (1, None)
+        loss_and_gradients(model, ChunkedRankingLoss(model, nullcontext(), multiple=multiple, gradient_share=0.9), rows)
+        for multiple in (1, None)
     )
     assert distance(end_to_end, padded) < 1e-10
     assert loss_and_gradients(model, MultipleNegativesRankingLoss(model), rows)[0] == loss  # nothing of ours is left
 
 
-@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+@pytest.mark.parametrize("kind", [*sorted(SWITCHABLE_MODELS), "mpnet"])
 def test_texts_that_are_encoded_again_take_no_product_again_but_with_dropout(small_bert, kind):
     model = random_model(small_bert, kind).train()
     rows = random_rows(0, 24)

@@ -102,7 +102,8 @@ class ChunkedRankingLoss(MultipleNegativesRankingLoss):
         if self.gradient_share == 1 or not torch.is_grad_enabled():
             return self.loss_of(self.encode(columns, texts), columns, labels)
         model = extract_model_from_parallel(self.model)
-        is_repeatable = self.shape_for(columns)[1] is None and not draws_dropout(model)
+        _, multiple = self.shape_for(columns)
+        is_repeatable = multiple is None and not draws_dropout(model)
         with torch.no_grad(), outputs_noted(linear_layers(model) if is_repeatable else []) as outputs:
             embeddings = self.encode(columns, texts)
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)).requires_grad_()
@@ -132,8 +133,10 @@ class ChunkedRankingLoss(MultipleNegativesRankingLoss):
 
     def shape_for(self, columns: list[dict[str, Any]]) -> tuple[int, int | None]:
         """Tokens of a chunk and the multiple: padded where this batch or model does not take texts end to end."""
-        has_empty = not all(features["attention_mask"].any(dim=1).all() for features in columns)
-        if self.multiple is None and (has_empty or goes_forward_twice(extract_model_from_parallel(self.model))):
+        if self.multiple is None and (
+            goes_forward_twice(extract_model_from_parallel(self.model))
+            or not all(features["attention_mask"].any(dim=1).all() for features in columns)
+        ):
             return CHUNK_TOKENS, 1
         return self.chunk_tokens, self.multiple
 
@@ -166,7 +169,7 @@ def outputs_noted(layers: list[torch.nn.Linear]) -> Iterator[dict[torch.nn.Linea
     outputs: dict[torch.nn.Linear, list[torch.Tensor]] = {}
 
     def note(layer: torch.nn.Linear, _: tuple, output: torch.Tensor) -> None:
-        if output.ndim == 3:  # not of a pooler, which has one a chunk
+        if output.ndim == 3:  # a pooler's has one row a chunk, and nothing uses it
             outputs.setdefault(layer, []).append(output)
 
     hooks = [layer.register_forward_hook(note) for layer in layers]
@@ -179,25 +182,25 @@ def outputs_noted(layers: list[torch.nn.Linear]) -> Iterator[dict[torch.nn.Linea
 
 @contextmanager
 def outputs_known(outputs: dict[torch.nn.Linear, list[torch.Tensor]], is_kept: torch.Tensor) -> Iterator[None]:
-    """The layers take the outputs of the kept tokens, in their order, from those noted; which are freed.
+    """The layers take the kept tokens' outputs, in order, from those noted, of which the rest is freed.
 
     `is_kept`: of each token of all chunks, shape (tokens,).
     """
 
     def forward(layer: torch.nn.Linear, left: list[torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-        output, left[0] = left[0].tensor_split([inputs.shape[1]], dim=1)
+        tokens = inputs.shape[1]
+        output, left[0] = left[0].split([tokens, left[0].shape[1] - tokens], dim=1)
         return KnownOutput.apply(inputs, layer.weight, layer.bias, output)
 
-    for layer, parts in outputs.items():
-        kept = is_kept.split([part.shape[1] for part in parts])
-        own = torch.cat([part[:, one] for part, one in zip(parts, kept, strict=True)], dim=1)
-        parts.clear()
-        layer.forward = partial(forward, layer, [own])
     try:
+        for layer, chunks in outputs.items():
+            masks = is_kept.split([chunk.shape[1] for chunk in chunks])
+            chunks[:] = [torch.cat([chunk[:, mask] for chunk, mask in zip(chunks, masks, strict=True)], dim=1)]
+            layer.forward = partial(forward, layer, chunks)
         yield
     finally:
         for layer in outputs:
-            del layer.forward
+            vars(layer).pop("forward", None)
 
 
 class KnownOutput(torch.autograd.Function):
@@ -215,23 +218,21 @@ class KnownOutput(torch.autograd.Function):
         inputs, weight = ctx.saved_tensors
         of_inputs, of_weight, of_bias, _ = ctx.needs_input_grad
         rows = gradient.flatten(0, -2)
+        # In the gradient's precision: autocast's, where there is any.
         return (
-            gradient @ weight if of_inputs else None,
-            rows.T @ inputs.flatten(0, -2) if of_weight else None,
+            gradient @ weight.to(gradient.dtype) if of_inputs else None,
+            rows.T @ inputs.flatten(0, -2).to(gradient.dtype) if of_weight else None,
             rows.sum(dim=0) if of_bias else None,
             None,
         )
 
 
 def tokens_end_to_end(columns: list[dict[str, Any]], kept: torch.Tensor) -> torch.Tensor:
-    """Which tokens are the kept texts', shape (tokens,), where all texts lie end to end: a column's longest first."""
-    lengths = [features["attention_mask"].sum(dim=1).cpu() for features in columns]
-    is_kept = torch.zeros(sum(len(own) for own in lengths), dtype=torch.bool).index_fill(0, kept, value=True)
-    parts = []
-    for own, own_kept in zip(lengths, is_kept.split([len(own) for own in lengths]), strict=True):
-        order = own.argsort(descending=True, stable=True)
-        parts.append(own_kept[order].repeat_interleave(own[order]))
-    return torch.cat(parts)
+    """Which tokens are the kept texts', shape (tokens,), where all texts lie end to end in the order of `split`."""
+    lengths = torch.stack([features["attention_mask"].sum(dim=1) for features in columns]).cpu()
+    is_kept = torch.zeros(lengths.numel(), dtype=torch.bool).index_fill(0, kept, value=True).view_as(lengths)
+    lengths, order = lengths.sort(dim=1, descending=True, stable=True)
+    return is_kept.gather(1, order).flatten().repeat_interleave(lengths.flatten())
 
 
 def in_chunks(
