@@ -9,6 +9,7 @@ import html
 import json
 import os
 import re
+import signal
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,7 @@ def main() -> None:
 {folded("The rest of the report", f"{report.HEADLINE_END}{without_pictures(rest)}")}
 
 `{target}` {git("rev-parse", "--short=12", target)} → this branch {git("rev-parse", "--short=12", "HEAD")}"""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that has seen enough (`| head`) is no error
     print(re.sub(r"\n{3,}", "\n\n", text))  # where a part has nothing to say
 
 

@@ -212,6 +212,10 @@ def test_a_target_that_git_does_not_know(repo, clone):
     assert "Traceback" not in result.stderr
 
 
+def test_a_reader_that_stops_early(repo, clone):
+    assert repo.run("bash", "-c", "python stages/pull_request.py | true", cwd=clone).stderr == ""
+
+
 @pytest.mark.parametrize(("minimum", "passes"), [("off", True), (-1, True), (0.0, True), (0.9, False)])
 def test_the_gate(repo, minimum, passes):
     repo.set(**{"evaluate.minimum_gain": minimum})
