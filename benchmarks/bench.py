@@ -294,6 +294,7 @@ def train_one(
     from transformers import TrainerCallback
 
     from shared import by_length, encoders
+    from shared.loss import ChunkedRankingLoss
     from train import autocast, choose_precision, set_dropout
 
     if keep_memory:
@@ -320,7 +321,7 @@ def train_one(
         disable_tqdm=False,
     )
     if chunks:
-        loss = by_length.ChunkedRankingLoss(
+        loss = ChunkedRankingLoss(
             encoder,
             autocast(arguments, encoder.device),
             **by_length.chunk_shape(encoder, arguments.bf16),

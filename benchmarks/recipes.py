@@ -35,7 +35,8 @@ from transformers import get_scheduler
 
 sys.path.insert(0, str(data.ROOT / "stages"))
 from shared import encoders, retrieval
-from shared.by_length import ChunkedRankingLoss, chunk_shape
+from shared.by_length import chunk_shape
+from shared.loss import ChunkedRankingLoss
 from shared.params import read_params
 from shared.sources import model_folder
 from train import SYMMETRIC, choose_precision, mixed, set_dropout

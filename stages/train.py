@@ -93,6 +93,7 @@ def main() -> None:
     from sentence_transformers import SentenceTransformerTrainer
 
     from shared import by_length, encoders, environment, retrieval
+    from shared.loss import ChunkedRankingLoss
 
     # 1. The model, and what it is judged by.
     metric = params.evaluate.primary_metric
@@ -122,7 +123,7 @@ def main() -> None:
         model=model,
         args=arguments,
         train_dataset=pairs,
-        loss=by_length.ChunkedRankingLoss(
+        loss=ChunkedRankingLoss(
             model,
             precision,
             **by_length.chunk_shape(model, arguments.bf16),

@@ -15,16 +15,16 @@ from transformers import AutoConfig, AutoModel
 
 from shared.by_length import (
     SWITCHABLE_MODELS,
-    ChunkedRankingLoss,
     attention_within_texts,
     chunk_shape,
     fitting_attention,
     in_chunks,
     rounded_up,
     split,
-    steep,
     takes_end_to_end,
+    without_padding,
 )
+from shared.loss import ChunkedRankingLoss, steep
 from train import SYMMETRIC, set_dropout
 
 HARDNESS = SYMMETRIC | {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0}
@@ -238,6 +238,33 @@ def test_attention_has_the_models_dropout_in_training(small_bert, kind):
         model.train(training)
         one, other = (loss.encode(columns, torch.arange(8)) for _ in range(2))
         assert torch.equal(one, other) != training
+
+
+@pytest.mark.parametrize("kind", [*sorted(SWITCHABLE_MODELS), "mpnet"])
+def test_encode_without_padding_gives_the_librarys_embeddings_for_less(small_bert, kind):
+    model = random_model(small_bert, kind).to(torch.float64).eval()
+    texts = ["", *(row["positive"] for row in random_rows(0, 47))]
+
+    def encoded():
+        with FlopCounterMode(display=False) as counter:
+            embeddings = model.encode(texts, prompt="passage: ", convert_to_tensor=True)
+        return embeddings, counter.get_total_flops()
+
+    expected, padded = encoded()
+    with without_padding(model):
+        embeddings, unpadded = encoded()
+    assert torch.allclose(embeddings, expected, rtol=0, atol=1e-12)
+    assert unpadded < 0.8 * padded
+    again, as_before = encoded()
+    assert torch.equal(again, expected)
+    assert as_before == padded
+
+
+def test_encode_is_the_librarys_where_training_pads_too(small_bert, static_model):
+    model, static = (SentenceTransformer(str(folder), device="cpu") for folder in (small_bert, static_model))
+    for own, in_bf16, is_ours in ((model, False, True), (model, True, False), (static, False, False)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16), without_padding(own):
+            assert ("forward" in vars(own)) == is_ours
 
 
 @pytest.mark.parametrize(("kind", "options"), [("modernbert", {}), ("bert", {"is_decoder": True})])

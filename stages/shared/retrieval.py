@@ -2,15 +2,20 @@
 
 import copy
 import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from tqdm import tqdm
 
+from shared.by_length import without_padding
 from shared.errors import InputError
 from shared.records import Ranking, Row, rounded
 
@@ -26,7 +31,7 @@ def make_evaluator(
     Called with a model, it returns the metrics as `<similarity>_ndcg@10` and so on. `keep_rankings` is for
     `search_with_encoder`.
     """
-    return InformationRetrievalEvaluator(
+    evaluator = InformationRetrievalEvaluator(
         queries={row["id"]: row["anchor"] for row in rows},
         corpus=corpus,
         relevant_docs={row["id"]: {row["document_id"]} for row in rows},
@@ -40,6 +45,20 @@ def make_evaluator(
         write_csv=False,
         write_predictions=keep_rankings,
     )
+    evaluator.embed_inputs = partial(embed_inputs, evaluator.embed_inputs)
+    return evaluator
+
+
+def embed_inputs(
+    embed: Callable[..., torch.Tensor],
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    pool: dict[str, Any] | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """The evaluator's own, without padding where this process is the one that encodes."""
+    with nullcontext() if pool else without_padding(model):
+        return embed(model, texts, pool=pool, **options)
 
 
 def search_with_encoder(
