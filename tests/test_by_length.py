@@ -1,7 +1,8 @@
-"""A batch encoded in chunks of like length has the loss and the gradients of the library's own trainer."""
+"""Texts in chunks of like length have the library's embeddings, and a batch its loss and gradients."""
 
 import random
 from contextlib import nullcontext
+from functools import partial
 from itertools import accumulate, pairwise
 
 import pytest
@@ -241,7 +242,8 @@ def test_attention_has_the_models_dropout_in_training(small_bert, kind):
 
 
 @pytest.mark.parametrize("kind", [*sorted(SWITCHABLE_MODELS), "mpnet"])
-def test_encode_without_padding_gives_the_librarys_embeddings_for_less(small_bert, kind):
+def test_encode_without_padding_gives_the_librarys_embeddings_for_less(small_bert, kind, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     model = random_model(small_bert, kind).to(torch.float64).eval()
     texts = ["", *(row["positive"] for row in random_rows(0, 47))]
 
@@ -260,11 +262,20 @@ def test_encode_without_padding_gives_the_librarys_embeddings_for_less(small_ber
     assert as_before == padded
 
 
-def test_encode_is_the_librarys_where_training_pads_too(small_bert, static_model):
+def test_encode_is_the_librarys_where_training_pads_too(small_bert, static_model, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     model, static = (SentenceTransformer(str(folder), device="cpu") for folder in (small_bert, static_model))
     for own, in_bf16, is_ours in ((model, False, True), (model, True, False), (static, False, False)):
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16), without_padding(own):
             assert ("forward" in vars(own)) == is_ours
+
+
+def test_encode_is_afterwards_what_it_was(small_bert):
+    model = SentenceTransformer(str(small_bert), device="cpu")
+    model.forward = around_it = partial(model.forward)  # as accelerate puts its own around a model's
+    with without_padding(model), without_padding(model):
+        model.encode(["fever"])
+    assert model.forward is around_it
 
 
 @pytest.mark.parametrize(("kind", "options"), [("modernbert", {}), ("bert", {"is_decoder": True})])

@@ -5,7 +5,7 @@ four tokens computed are padding. Chunks of like length have little; and none is
 in one row, of which only attention has to know where one ends.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate, groupby, takewhile
@@ -25,7 +25,7 @@ SWITCHABLE_MODELS = {"bert", "distilbert", "roberta", "xlm-roberta"}
 
 
 def chunk_shape(model: SentenceTransformer, in_bf16: bool) -> dict[str, int | None]:
-    """The tokens of a chunk, padding included, and what its length is a multiple of: what trains fastest.
+    """The tokens of a chunk, padding included, and what its length is a multiple of: what is fastest in training.
 
     No multiple (None) is for texts end to end in one row, without padding: on a processor, in fp32, the forward pass
     took 0.62 to 0.88 (MiniLM) and 0.80 times (mpnet) as long as in padded chunks of 512 tokens, forward and backward
@@ -63,33 +63,38 @@ def is_mpnet(transformer: PreTrainedModel) -> bool:
 
 @contextmanager
 def without_padding(model: SentenceTransformer) -> Iterator[None]:
-    """The context in which `model.encode` lays a batch's texts end to end, where training does.
+    """The context in which `model.encode`, of sentence embeddings, lays a batch's texts end to end where training does.
 
-    Embeddings differ by rounding. On two cores in fp32 it took 0.72 to 0.88 (MiniLM) and 0.52 times (mpnet) as long.
+    They differ by rounding. (Where a BERT's tokenizer pads on the left, the library counts a text's positions from the
+    padding on; here they are the text's own.) On two cores in fp32 it took 0.73 to 0.93 (MiniLM) and 0.5 times (mpnet)
+    as long.
     """
     shape = chunk_shape(model, torch.is_autocast_enabled("cpu"))
     if shape["multiple"] is not None:
         yield
         return
-    padded = model.forward
+    padded, own = model.forward, vars(model).get("forward")  # its own where accelerate has put one around the class's
 
     def forward(features: dict[str, Any], **options: Any) -> dict[str, Any]:
-        texts = torch.arange(len(features["attention_mask"]))
-        embeddings = embed(model, partial(padded, **options), [features], texts, **shape)
-        return {"sentence_embedding": embeddings}
+        if "attention_mask" not in features:
+            return padded(features, **options)
+        texts = range(len(features["attention_mask"]))
+        return {"sentence_embedding": embed(model, partial(padded, **options), [features], texts, **shape)}
 
     model.forward = forward
     try:
         yield
     finally:
         del model.forward
+        if own:
+            model.forward = own
 
 
 def embed(
     model: SentenceTransformer,
     run: Callable[[dict[str, Any]], dict[str, Any]],
     columns: list[dict[str, Any]],
-    texts: torch.Tensor,
+    texts: Sequence[int],
     chunk_tokens: int,
     multiple: int | None,
 ) -> torch.Tensor:
@@ -98,27 +103,28 @@ def embed(
     `run` is the model, or what stands around it in training.
     """
     chunk_tokens, multiple = shape_for(model, columns, chunk_tokens, multiple)
-    chunks, places = in_chunks(columns, texts.tolist(), chunk_tokens, multiple)
+    chunks, places = in_chunks(columns, texts, chunk_tokens, multiple)
     if multiple is None:
         # RoBERTa's and MPNet's first position is the number after that of its padding.
         first = 1 + getattr(model.transformers_model.base_model.embeddings, "padding_idx", -1)
         chunks = [chunk | {"position_ids": chunk["position_ids"] + first} for chunk in chunks]
     with fitting_attention(model, columns, multiple), words_looked_up_once(model, chunks):
-        return torch.cat([run(chunk)["sentence_embedding"] for chunk in chunks])[places]
+        return torch.cat([run(dict(chunk))["sentence_embedding"] for chunk in chunks])[places]
 
 
 def shape_for(
     model: SentenceTransformer, columns: list[dict[str, Any]], chunk_tokens: int, multiple: int | None
 ) -> tuple[int, int | None]:
     """This shape of chunks, but padded where this batch or model does not take texts end to end."""
-    have_tokens = all(features["attention_mask"].any(dim=1).all() for features in columns)
-    if multiple is None and (goes_forward_twice(model) or not have_tokens):
+    if multiple is None and (
+        goes_forward_twice(model) or not all(features["attention_mask"].any(dim=1).all() for features in columns)
+    ):
         return CHUNK_TOKENS, 1
     return chunk_tokens, multiple
 
 
 def in_chunks(
-    columns: list[dict[str, Any]], texts: list[int], tokens: int, multiple: int | None
+    columns: list[dict[str, Any]], texts: Sequence[int], tokens: int, multiple: int | None
 ) -> tuple[list[dict[str, Any]], torch.Tensor]:
     """Tokenized texts in chunks of like length; and the place of each among those of all chunks, shape (texts,)."""
     chunks, order = [], []
@@ -199,7 +205,7 @@ def words_looked_up_once(model: SentenceTransformer, chunks: list[dict[str, Any]
     Each lookup's gradient is as large as the vocabulary. One a chunk of 512 tokens, and not one a batch, made a step of
     MiniLM on two cores 3 (fp32) to 14% (bf16) longer.
     """
-    transformer = model.transformers_model
+    transformer = model.transformers_model if torch.is_grad_enabled() else None
     try:
         table = transformer.get_input_embeddings() if transformer else None
     except NotImplementedError:
@@ -325,5 +331,5 @@ def mpnet_within_texts(model: SentenceTransformer) -> Iterator[None]:
 
 
 def goes_forward_twice(model: SentenceTransformer) -> bool:
-    """Gradient checkpointing: the second time in the backward pass, outside the contexts of `encode`."""
+    """Gradient checkpointing: the second time in the backward pass, outside the contexts of `embed`."""
     return getattr(model.transformers_model, "is_activation_checkpointing", False)

@@ -75,7 +75,7 @@ class ChunkedRankingLoss(MultipleNegativesRankingLoss):
         """Embeddings of these texts, shape (texts, dimensions); numbers, ascending, go on from column to column."""
         model = extract_model_from_parallel(self.model)
         with self.precision:  # one (autocast) around all chunks, so that each weight is rounded once
-            return embed(model, self.model, columns, texts, self.chunk_tokens, self.multiple)
+            return embed(model, self.model, columns, texts.tolist(), self.chunk_tokens, self.multiple)
 
     def loss_of(self, embeddings: torch.Tensor, columns: list, labels: torch.Tensor | None) -> torch.Tensor:
         return self.compute_loss_from_embeddings(list(embeddings.chunk(len(columns))), labels)

@@ -56,7 +56,7 @@ def embed_inputs(
     pool: dict[str, Any] | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """The evaluator's own, without padding where this process is the one that encodes."""
+    """The evaluator's own, without padding in this process (others, where there are any, pad their part)."""
     with nullcontext() if pool else without_padding(model):
         return embed(model, texts, pool=pool, **options)
 
