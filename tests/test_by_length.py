@@ -9,6 +9,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import LSTM, Dense, Pooling
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,6 +27,7 @@ from shared.by_length import (
     without_padding,
 )
 from shared.loss import ChunkedRankingLoss, steep
+from shared.retrieval import make_evaluator
 from train import SYMMETRIC, set_dropout
 
 HARDNESS = SYMMETRIC | {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0}
@@ -268,6 +270,22 @@ def test_encode_is_the_librarys_where_training_pads_too(small_bert, static_model
     for own, in_bf16, is_ours in ((model, False, True), (model, True, False), (static, False, False)):
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16), without_padding(own):
             assert ("forward" in vars(own)) == is_ours
+
+
+def test_what_scores_a_model_pads_nothing(small_bert, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    model = SentenceTransformer(str(small_bert), device="cpu")
+    rows = [row | {"id": str(i), "document_id": str(i)} for i, row in enumerate(random_rows(0, 48))]
+    corpus = {row["id"]: row["positive"] for row in rows}
+
+    def encoded_by(evaluator):
+        with FlopCounterMode(display=False) as counter:
+            evaluator(model)
+        return counter.get_total_flops()
+
+    ours, theirs = (make_evaluator(rows, corpus, 64, keep_rankings=False) for _ in range(2))
+    theirs.embed_inputs = partial(InformationRetrievalEvaluator.embed_inputs, theirs)
+    assert encoded_by(ours) < 0.8 * encoded_by(theirs)
 
 
 def test_encode_is_afterwards_what_it_was(small_bert):
