@@ -2,18 +2,24 @@
 
 Usage   python benchmarks/bench.py [--bases MODEL ...] [--seeds 42 43 44] [--data hpo-lay mondo] [--rounds 3]
         [--tables speed gain]   (`make bench`; of the last commit). Data: hpo-lay, mondo, uberon or a card of your own
-Writes  benchmarks/{speed,gain}-<device>-<precision>.md, in the precision that `auto` takes here; models are thrown away
+Writes  benchmarks/{speed,gain}-<device>-<precision>.md, a section for each base and data, others stay as they are
+        benchmarks/gain.jsonl: each training's scores, and what is there is not run again; models are thrown away
 
 speed: pairs a second after the first tenth of the steps (or the first step), peak memory; a process for each setting.
 gain: the published recipe by the library's trainer, its columns as published (the passage is taken as the query) and
-mended, and the default of params.yaml by stages/train.py. All are scored on the test rows as final_eval does it.
+mended, and the default of params.yaml by stages/train.py. All are scored on the test rows as final_eval does it. Delete
+gain.jsonl to begin anew.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
+import re
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -30,7 +36,9 @@ from tabulate import tabulate
 sys.path.insert(0, str(ROOT / "stages"))
 from shared.errors import InputError
 from shared.params import read_params
+from shared.sources import model_folder
 
+RUNS = ROOT / "benchmarks/gain.jsonl"
 PARAMS = read_params()
 TRAIN = PARAMS.train
 PAIRS, PAIRS_ON_A_GPU = 640, 3_200  # of one speed measurement: 20 and 100 steps of the published recipe
@@ -51,21 +59,21 @@ STOCK = {
 OURS = {
     "batch_size": TRAIN.batch_size,
     "chunks": True,
-    "precision": "auto",
+    "precision": TRAIN.precision,
     "dropout": TRAIN.dropout,
     "keep_memory": True,
     "cudnn_attention": False,
     "gradient_share": TRAIN.gradient_share,
 }
 ALL = {"gradient_share": 1.0}
-KEPT = {"precision": "auto", "keep_memory": True}
+KEPT = {"precision": TRAIN.precision, "keep_memory": True}
 LIBRARY = "sentence-transformers' trainer"
 BATCH = f"+ batch {TRAIN.batch_size}"
 SPEED = {
     f"{LIBRARY}, published recipe": STOCK,
     f"{LIBRARY}, + bf16, freed memory kept": STOCK | KEPT,
     "+ hardly any padding, plain attention": STOCK | {"chunks": True},
-    "+ bf16": STOCK | {"chunks": True, "precision": "auto"},
+    "+ bf16": STOCK | {"chunks": True, "precision": TRAIN.precision},
     "+ freed memory kept": STOCK | {"chunks": True} | KEPT,
     BATCH: STOCK | {"chunks": True, "batch_size": TRAIN.batch_size} | KEPT,
     "+ no dropout": OURS | ALL,
@@ -76,8 +84,8 @@ SPEED = {
 # There freed memory is always kept.
 SPEED_ON_A_GPU = {
     f"{LIBRARY}, published recipe": STOCK,
-    f"{LIBRARY}, + bf16": STOCK | {"precision": "auto"},
-    "+ chunks of like length": STOCK | {"chunks": True, "precision": "auto"},
+    f"{LIBRARY}, + bf16": STOCK | {"precision": TRAIN.precision},
+    "+ chunks of like length": STOCK | {"chunks": True, "precision": TRAIN.precision},
     f"{BATCH}, no dropout": OURS | ALL | {"cudnn_attention": True},
     "+ attention not by cuDNN": OURS | ALL,
     "+ backward for most of the gradient, at first: this repo's default": OURS,
@@ -99,11 +107,14 @@ def main() -> None:
         print(json.dumps(train_one(**arguments.one)))
         return
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several, the library would divide a batch among all
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else what runs in a process of its own would go on
     with TemporaryDirectory() as folder:
         clones = []
         for base, card in product(arguments.bases, arguments.data):
+            model_folder(base, "base")  # raises InputError now, and not after hours
             clones.append(Path(folder) / str(len(clones)))
-            prepare(clones[-1], card, {"models.base": base, "train.seeds": arguments.seeds})
+            base_anywhere = str(ROOT / base) if base.startswith("./") else base
+            prepare(clones[-1], card, {"models.base": base_anywhere, "train.seeds": arguments.seeds})
         device, precision = device_and_precision()
         # Speed first: for the gain this process encodes texts, and a child counts its parent's peak memory as its own.
         tables = {
@@ -112,22 +123,20 @@ def main() -> None:
         }
         for name in [name for name in tables if name in arguments.tables]:
             repeated, measure = tables[name]
-            sections = [describe(clones[0], repeated)]
             for clone in clones:
-                sections += [describe_data(clone), measure(clone)]
-                text = "\n\n".join(sections) + "\n"
-                (ROOT / f"benchmarks/{name}-{device}-{precision}.md").write_text(text)
-            print(text)
+                section = "\n\n".join([describe(clone, repeated), describe_data(clone), measure(clone)])
+                write_section(ROOT / f"benchmarks/{name}-{device}-{precision}.md", section, heading(clone))
+                print(section)
 
 
 def device_and_precision() -> tuple[str, str]:
-    """Where, and in what `train.precision: auto`, training runs here."""
+    """Where training runs here, and in what."""
     import torch
 
     from train import choose_precision
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    return device.type, next((name for name, chosen in choose_precision("auto").items() if chosen), "fp32")
+    return device.type, next((name for name, chosen in choose_precision(TRAIN.precision).items() if chosen), "fp32")
 
 
 def describe(clone: Path, repeated: str) -> str:
@@ -148,9 +157,20 @@ def describe_data(clone: Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(base_model(clone))
     lengths = [sorted(map(len, tokenizer([row[column] for row in rows])["input_ids"])) for column in MENDED]
     query, passage = (f"{np.mean(own):.0f} (99%: {own[int(0.99 * len(own))]})" for own in lengths)
+    return f"{heading(clone)} {len(rows):,} training pairs, tokens a query {query}, a passage {passage}"
+
+
+def heading(clone: Path) -> str:
     card = json.loads((clone / "metrics/data.json").read_text())["card"]
-    base = Path(base_name(clone)).name
-    return f"**{card}**, {base}: {len(rows):,} training pairs, tokens a query {query}, a passage {passage}"
+    return f"**{card}**, {Path(base_name(clone)).name}:"
+
+
+def write_section(path: Path, section: str, heading: str) -> None:
+    """Put it in the place of the one with this heading, or at the end."""
+    sections = re.split(r"\n+(?=<!-- Written by)", path.read_text().rstrip()) if path.exists() else []
+    place = next((place for place, own in enumerate(sections) if heading in own), len(sections))
+    sections[place : place + 1] = [section]
+    path.write_text("\n\n".join(sections) + "\n")
 
 
 def base_name(clone: Path) -> str:
@@ -158,8 +178,6 @@ def base_name(clone: Path) -> str:
 
 
 def base_model(clone: Path) -> str:
-    from shared.sources import model_folder
-
     return str(model_folder(base_name(clone), "base"))
 
 
@@ -197,50 +215,88 @@ def speed(clone: Path, device: str, precision: str, rounds: int) -> str:
 
 
 def gain(clone: Path, seeds: list[int]) -> str:
-    """The table of what each recipe gains on the test rows, and of its wall time as a ratio to the first row."""
+    """The table of what each recipe gains on the test rows, and of its wall time as a ratio to the first row.
+
+    One seed after the other, since a machine is not as fast at every hour.
+    """
     from shared import significance
     from shared.groups import group_ids
 
-    folders: dict[str, list[str]] = {"base": [base_model(clone)]}
-    seconds: dict[str, list[float]] = {}
-    published, mended = "published recipe", "published recipe, columns mended (first seed)"
-    for name, columns, own_seeds in ((published, SWAPPED, seeds), (mended, MENDED, seeds[:1])):
-        for seed in own_seeds:
-            model = str(clone / f"models/{columns[0]}-{seed}")
-            began = time.time()
-            run_one(clone, **STOCK, columns=columns, pairs=None, seed=seed, learning_rate=2e-5, epochs=1, model=model)
-            seconds.setdefault(name, []).append(time.time() - began)
-            folders.setdefault(name, []).append(model)
-    name = "this repo's default"
+    published, mended, ours = "published recipe", "published recipe, columns mended (first seed)", "this repo's default"
+    columns = {published: SWAPPED, mended: MENDED, ours: None}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in columns}
     for seed in seeds:
-        began = time.time()
-        subprocess.run([sys.executable, "stages/train.py", str(seed)], cwd=clone, check=True)
-        seconds.setdefault(name, []).append(time.time() - began)
-        folders.setdefault(name, []).append(str(clone / f"models/finetuned/{seed}"))
+        for name in columns:
+            if name != mended or seed == seeds[0]:
+                runs[name].append(trained(clone, columns[name], seed))
 
-    scores = {name: np.stack([query_scores(clone, folder) for folder in own]) for name, own in folders.items()}
-    groups = np.array(group_ids(rows_of(clone, "test")))
-    base, stock = scores["base"], scores[published]
-    rows = []
+    test, near_duplicates = rows_of(clone, "test"), {row["id"] for row in rows_of(clone, "near_duplicates")}
+    groups = np.array(group_ids(test))
+    unseen = np.array([row["id"] not in near_duplicates for row in test])
+    base = query_scores(clone, base_model(clone))[None]
+    scores = {name: np.array([run["scores"] for run in own]) for name, own in runs.items()}
+    rows = [["base", f"{base.mean():.4f}", "", "", "", "", ""]]
     for name, own in scores.items():
-        if name == "base":
-            rows.append([name, f"{own.mean():.4f}", "", "", "", ""])
-            continue
-        published_gain = stock[: len(own)].mean() - base.mean()
-        over_base = significance.compare(own, base, groups)
-        over_stock = significance.compare(own, stock[: len(own)], groups)
+        stock = scores[published][: len(own)]
         rows.append(
             [
                 name,
                 f"{own.mean():.4f}" + (f" (sd {own.mean(axis=1).std(ddof=1):.4f})" if len(own) > 1 else ""),
-                with_interval(over_base),
-                f"{over_base.gain / published_gain:.2f}",
-                "" if name == published else with_interval(over_stock),
-                f"{np.mean(seconds[name]) / np.mean(seconds[published]):.2f}",
+                with_interval(significance.compare(own, base, groups)),
+                ratio(own, stock, base),
+                ratio(own[:, unseen], stock[:, unseen], base[:, unseen]) if unseen.any() else "",
+                "" if name == published else with_interval(significance.compare(own, stock, groups)),
+                f"{mean_seconds(runs[name]) / mean_seconds(runs[published]):.2f}",
             ]
         )
-    headers = ["recipe", "NDCG@10", "gain over base (95%)", "times", "over published (95%)", "wall time"]
-    return tabulate(rows, headers, "github", disable_numparse=True)
+    headers = ["recipe", "NDCG@10", "gain over base (95%)", "times", "without near-duplicates"]
+    return tabulate(rows, [*headers, "over published (95%)", "wall time"], "github", disable_numparse=True)
+
+
+def ratio(own: np.ndarray, stock: np.ndarray, base: np.ndarray) -> str:
+    """The gain over the base as a multiple of the published recipe's, where that has any."""
+    of_stock = stock.mean() - base.mean()
+    return f"{(own.mean() - base.mean()) / of_stock:.2f}" if of_stock > 0 else "-"
+
+
+def mean_seconds(runs: list[dict[str, Any]]) -> float:
+    return np.mean([run["seconds"] for run in runs])
+
+
+def trained(clone: Path, columns: list[str] | None, seed: int) -> dict[str, Any]:
+    """The test queries' scores and the wall time: by the library's trainer with these columns, or else by this repo."""
+    key = fingerprint(clone, columns, seed)
+    known = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+    if found := [run for run in known if run["key"] == key]:
+        return found[0]
+    model = clone / (f"models/finetuned/{seed}" if columns is None else "models/published")
+    began = time.time()
+    if columns is None:
+        subprocess.run([sys.executable, "stages/train.py", str(seed)], cwd=clone, check=True)
+    else:
+        setting = STOCK | {"columns": columns, "pairs": None, "seed": seed, "learning_rate": 2e-5, "epochs": 1}
+        run_one(clone, **setting, model=str(model))
+    seconds = time.time() - began
+    run = {"key": key, "seconds": seconds, "scores": query_scores(clone, str(model)).tolist()}
+    shutil.rmtree(model)
+    with RUNS.open("a") as file:
+        file.write(json.dumps(run) + "\n")
+    return run
+
+
+def fingerprint(clone: Path, columns: list[str] | None, seed: int) -> str:
+    """Names all that a run depends on, but for what is in the base model: code, params, data, machine, versions."""
+    from shared import environment
+
+    params = YAML(typ="safe").load(clone / "params.yaml")
+    del params["train"]["seeds"]
+    measured = ["stages", "benchmarks/bench.py"]
+    parts = [
+        subprocess.check_output(["git", "ls-tree", "HEAD", *measured], cwd=clone, text=True),
+        [(clone / f"data/prepared/{split}.jsonl").read_text() for split in ("train", "validation", "corpus", "test")],
+        [params, environment.describe(), columns, seed],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def with_interval(comparison: Any) -> str:
@@ -281,7 +337,10 @@ def train_one(
     seed: int,
     model: str | None,
 ) -> dict[str, float]:
-    """By the library's trainer, with its own loss or with this repo's; nothing is evaluated in between."""
+    """By the library's trainer, with its own loss or with this repo's; nothing is evaluated in between.
+
+    A base model's own prompts are used in training as they are in scoring, which the library leaves to its user.
+    """
     import torch
     from datasets import Dataset
     from sentence_transformers import (
@@ -295,11 +354,11 @@ def train_one(
 
     from shared import by_length, encoders
     from shared.loss import ChunkedRankingLoss
-    from train import autocast, choose_precision, set_dropout
+    from train import autocast, choose_precision, prompts, set_dropout
 
     if keep_memory:
         encoders.keep_freed_memory()
-    encoder = SentenceTransformer(base_model(Path(clone)))
+    encoder = SentenceTransformer(base_model(Path(clone)), model_kwargs={"dtype": torch.float32})
     torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
     set_dropout(encoder, dropout)
     rows = [{column: row[column] for column in columns} for row in rows_of(Path(clone), "train")]
@@ -318,6 +377,7 @@ def train_one(
         batch_sampler=BatchSamplers.NO_DUPLICATES,
         save_strategy="no",
         seed=seed,
+        prompts=prompts(encoder) or None,
         disable_tqdm=False,
     )
     if chunks:
@@ -332,6 +392,9 @@ def train_one(
     times: dict[int, float] = {}
 
     class Clock(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            times[0] = time.perf_counter()
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step in (math.ceil(state.max_steps / 10), state.max_steps):
                 if torch.accelerator.is_available():
@@ -347,7 +410,7 @@ def train_one(
     ).train()
     if model:
         encoder.save_pretrained(model, create_model_card=False)
-    (first, begun), (last, ended) = times.items()
+    (first, begun), (last, ended) = list(times.items())[-2:]
     memory = (
         torch.cuda.max_memory_allocated()
         if torch.cuda.is_available()
@@ -361,3 +424,5 @@ if __name__ == "__main__":
         main()
     except (InputError, subprocess.CalledProcessError) as error:  # of the latter the reason stands above
         sys.exit(f"bench.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"bench.py: interrupted; the same command goes on after the trainings in {RUNS.relative_to(ROOT)}")

@@ -36,6 +36,7 @@ from transformers import get_scheduler
 sys.path.insert(0, str(data.ROOT / "stages"))
 from shared import encoders, retrieval
 from shared.by_length import chunk_shape
+from shared.errors import run
 from shared.loss import ChunkedRankingLoss
 from shared.params import read_params
 from shared.sources import model_folder
@@ -398,4 +399,4 @@ def table(scores: dict[tuple[str, str, int], list[float]], base: str) -> list[st
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -112,9 +112,14 @@ def clean_rows(source: cards.Source, drop_empty: bool) -> tuple[list[dict[str, A
             id = str(number) if columns.id is None else clean_text(raw.get(columns.id), columns.id, place)
             anchor = clean_text(raw.get(columns.anchor), columns.anchor, place)
             positive = clean_text(raw.get(columns.positive), columns.positive, place)
-            if not (id and anchor and positive):
+            if not id:
+                raise InputError(
+                    f"{place}: {columns.id!r} is empty; mend it, or leave `id` out of the card's columns, so that rows"
+                    " are numbered"
+                )
+            if not (anchor and positive):
                 if not drop_empty:
-                    column = columns.id if not id else columns.anchor if not anchor else columns.positive
+                    column = columns.positive if anchor else columns.anchor
                     raise InputError(
                         f"{place}: {column!r} is empty;"
                         " mend the row, or drop all such rows with prepare.drop_empty_rows: true"
@@ -135,12 +140,12 @@ def clean_rows(source: cards.Source, drop_empty: bool) -> tuple[list[dict[str, A
 
 
 def clean_text(value: Any, column: str, place: str) -> str:
-    """One line of valid Unicode; None is empty.
+    """One line of valid Unicode; None is empty, and so is NaN, which pandas writes for it.
 
     White space and control characters become single spaces, half of a surrogate pair becomes U+FFFD, and marks of
     writing direction, which no model reads and which can make a line look like another, go.
     """
-    if value is None:
+    if value is None or value != value:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise InputError(f"{place}: {column!r} holds {type(value).__name__} {value!r:.60}, where text is needed")
@@ -204,8 +209,11 @@ def split_rows(rows: list[dict[str, Any]], params: PrepareParams) -> dict[str, l
                 f"the {split} split is empty: {len(rows)} usable rows in {groups} groups that share no text are too few"
                 " for prepare.test_fraction and prepare.validation_fraction; give more rows"
             )
-    if len({row["positive"] for row in splits["test"]}) < 2:
-        raise InputError("the test split has one passage only, which tells nothing of others; give more rows")
+    if len(set(group_ids(splits["test"]))) < 2:
+        raise InputError(
+            "the test split has one passage only, or rows that all hang together by passages and questions that they"
+            " share, which tells nothing of others; give more rows"
+        )
     return splits
 
 
@@ -221,6 +229,9 @@ def assign_split(rows: list[dict[str, Any]], from_split: str | None, to_split: s
             space -= len(groups[group])
             for row in groups[group]:
                 row["split"] = to_split
+    largest = max(map(len, groups.values()), default=0)
+    if largest > round(fraction * len(candidates)):
+        print(f"note: {largest} rows that hang together by texts that they share are too many for the {to_split} split")
 
 
 def overlaps(splits: dict[str, list[Row]]) -> dict[str, dict[str, int]]:

@@ -107,7 +107,7 @@ def verdict_against(target: str, metric: Metric) -> str:
         return (
             f"`{target}` has no metrics/ranks.csv as it is now, so that the models cannot be compared query by query."
         )
-    groups, unseen, ours, theirs = here.groups, here.unseen, here.finetuned, there.finetuned
+    groups, unseen, ours, theirs = here.groups, here.unseen & there.unseen, here.finetuned, there.finetuned
     in_both = ours.keys() & theirs.keys()
     same = bool(in_both) and all(np.array_equal(ours[seed], theirs[seed]) for seed in in_both)
     if same and ours.keys() == theirs.keys():
@@ -117,7 +117,7 @@ def verdict_against(target: str, metric: Metric) -> str:
     words = report.verdict(comparison, metric, "This branch's fine-tuned model", f"`{target}`'s", len(groups))
     text = f"**{words}**; paired randomization test, p {report.p_in_words(comparison.p_value)}."
     _, own_groups = np.unique(groups[unseen], return_inverse=True)
-    if own_groups.any():  # there are two or more
+    if own_groups.any() and not unseen.all():  # there are two or more
         few = significance.compare(after[:, unseen], before[:, unseen], own_groups)
         text += f" Without near-duplicates of training or validation rows: {report.gain_and_p(few._asdict())[0]}."
     if same:

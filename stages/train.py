@@ -73,11 +73,19 @@ def main() -> None:
         raise InputError(f"params.yaml: train.seeds is {params.train.seeds}, which has no {seed}; add it there first")
     train, validation, corpus = records.read_split("train"), records.read_split("validation"), records.read_corpus()
     base = sources.model_folder(params.models.base, "base")
-    if len(train) < params.train.batch_size and params.train.processes > 1:
-        raise InputError(
-            f"params.yaml: train.batch_size is {params.train.batch_size}, which {len(train)} training pairs do not"
-            " fill, and several processes leave an incomplete batch out; take a smaller one"
-        )
+    different = min(len({row[column] for row in train}) for column in ("anchor", "positive"))
+    if different < params.train.batch_size:
+        where = f"params.yaml: train.batch_size is {params.train.batch_size}"
+        if params.train.processes > 1:
+            raise InputError(
+                f"{where}, which {len(train)} training pairs of {different} different passages or queries do not fill,"
+                " and several processes leave an incomplete batch out; take a smaller one"
+            )
+        if different < len(train):
+            print(
+                f"note: {where}, and a batch has each passage and query once, of which there are {different}: an epoch"
+                f" ends before all {len(train)} pairs were seen; take a smaller one"
+            )
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes == 1 < params.train.processes:
         sys.exit(launch(params.train.processes))
@@ -270,6 +278,7 @@ def training_arguments(train: TrainParams, seed: int, scratch: Path) -> "Sentenc
     valid = {field.name for field in dataclasses.fields(SentenceTransformerTrainingArguments) if field.init}
     own = fixed.keys() | PLAIN_NAMES.keys() | SET_BY_THE_PIPELINE
     types = get_type_hints(SentenceTransformerTrainingArguments)
+    own_arguments = {}
     for name, value in train.arguments.items():
         where = f"params.yaml: train.arguments.{name}"
         if name in PLAIN_NAMES:
@@ -281,12 +290,12 @@ def training_arguments(train: TrainParams, seed: int, scratch: Path) -> "Sentenc
                 f"{where} is unknown to SentenceTransformerTrainingArguments{nearest(name, sorted(valid - own))}"
             )
         try:
-            TypeAdapter(types[name]).validate_python(value)
+            own_arguments[name] = TypeAdapter(types[name]).validate_python(value)  # `off` is a text in YAML
         except ValidationError as error:
             raise InputError(f"{where} is {value!r}: {error.errors()[0]['msg']}") from None
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(scratch / "tensorboard")
     try:
-        return SentenceTransformerTrainingArguments(**fixed, **open_to_change | train.arguments)
+        return SentenceTransformerTrainingArguments(**fixed, **open_to_change | own_arguments)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise InputError(f"params.yaml: train.arguments: {error}".splitlines()[0]) from error
 

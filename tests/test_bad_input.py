@@ -193,6 +193,7 @@ def test_a_card_of_the_hub_reads_no_folder(repo, dataset, words):
         ([*GOOD_ROWS, {"id": "x", "question": "q", "answer": ["a"]}], ["row 41", "'answer' holds list"]),
         ([*GOOD_ROWS, {"id": "3", "question": "q", "answer": "a"}], ["row 41", "'3'", "row 4"]),
         (GOOD_ROWS[:2], ["split is empty"]),
+        ([*GOOD_ROWS, GOOD_ROWS[0] | {"id": None}], ["row 41: 'id' is empty", "leave `id` out"]),
         ([row | {"answer": "the same"} for row in GOOD_ROWS], ["split is empty", "1 groups"]),
         ([row | {"answer": row["question"]} for row in GOOD_ROWS], ["no usable row", "max_word_overlap"]),
     ],
@@ -210,6 +211,7 @@ def test_rows(repo, rows, words):
         ("mine.jsonl", "[1]\n", ["no list of rows"]),
         ("mine.json", '{"question": "q"}', ["no valid json file", "a list of rows"]),
         ("mine.csv", "id,question,answer\n1,q,a,b\n", ["no valid csv file", "row 1 has more cells"]),
+        ("mine.csv", 'id,question,answer\n1,q,a\n2,"q"x,a\n', ["no valid csv file", "line 3"]),
         ("mine.csv", b"\x89PNG\r\n\x1a\n\xff\xfe\x00", ["no valid csv file", "utf-8"]),
         ("mine.parquet", "id,question,answer\n1,q,a\n", ["no valid parquet file"]),
         ("mine.xlsx", "?", [".xlsx is none of .jsonl, .json, .csv, .parquet"]),
@@ -222,11 +224,12 @@ def test_files_that_are_not_what_they_say(repo, name, content, words):
 
 
 def test_empty_rows_are_dropped_and_counted_on_demand(repo):
-    own_card(repo, [*GOOD_ROWS, {"id": "x", "question": "", "answer": "a"}])
+    empty = [{"id": "x", "question": "", "answer": "a"}, {"id": "y", "question": "q", "answer": float("nan")}]
+    own_card(repo, GOOD_ROWS + empty)
     repo.set(**{"prepare.drop_empty_rows": True})
     repo.run("python", "stages/prepare.py")
     data = json.loads((repo.folder / "metrics/data.json").read_text())
-    assert data["dropped_rows"]["empty"] == 1
+    assert data["dropped_rows"]["empty"] == 2
     assert sum(data["rows"].values()) == 40
 
 
@@ -343,6 +346,23 @@ def test_training_arguments(changed, words, tmp_path, monkeypatch):
     with pytest.raises(InputError) as error:
         training_arguments(params, 42, tmp_path)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_training_argument_that_is_off_is_not_on(tmp_path):
+    params = read_params().train.model_copy(update={"arguments": {"full_determinism": "off", "weight_decay": "0.1"}})
+    arguments = training_arguments(params, 42, tmp_path)
+    assert (arguments.full_determinism, arguments.weight_decay) == (False, 0.1)
+
+
+def test_fewer_passages_than_a_batch_has_pairs(repo, static_model):
+    own_card(repo, [{"id": i, "question": f"question {i}", "answer": f"answer {i % 40}"} for i in range(200)])
+    prepare_own_files(repo)
+    repo.set(**{"models.base": str(static_model), "train.batch_size": 64, "train.epochs": 1})
+    printed = repo.run("python", "stages/train.py", "42").stdout
+    assert re.search(r"note: .*batch_size is 64, .* there are (2|3)\d: an epoch ends", printed)
+    repo.set(**{"train.processes": 2})
+    message = error_of(repo, "python", "stages/train.py", "42")
+    assert re.search(r"of (2|3)\d different passages or queries do not fill", message)
 
 
 def test_loss_that_is_not_a_number(repo, static_model, tmp_path):

@@ -24,12 +24,25 @@ def repo(make_repo, small_bert):
 def test_the_gain_on_own_data_stands_beside_the_published_recipe(repo):
     bench = "benchmarks/bench.py --tables gain --seeds 42 --data own --bases ./models/local/base/own"
     printed = repo.run("python", *bench.split()).stdout
-    assert any(path.read_text() in printed for path in repo.folder.glob("benchmarks/gain-cpu-*.md"))
-    assert re.search(r"\*\*own\*\*, own: 1\d\d training pairs", printed)
+    (table,) = (path for path in repo.folder.glob("benchmarks/gain-cpu-*.md") if "**own**" in path.read_text())
+    written = table.read_text()
+    section = re.search(r"<!-- Written by [^\n]+\n\n\*\*own\*\*, own: 1\d\d training pairs.+", written, re.DOTALL)[0]
+    assert section in printed
+    assert len(re.findall(r"^\*\*(hpo-lay|mondo)\*\*", written, re.MULTILINE)) == 2  # others' sections are still there
     ndcg = {name: float(mean) for name, mean in re.findall(r"^\| (.+?) +\| (\d\.\d{4})", printed, re.MULTILINE)}
     published, mended = "published recipe", "published recipe, columns mended (first seed)"
     assert list(ndcg) == ["base", published, mended, "this repo's default"]
     assert ndcg["base"] < ndcg["this repo's default"]
+
+    runs = repo.folder / "benchmarks/gain.jsonl"
+    kept = runs.read_text().splitlines(keepends=True)
+    runs.write_text("".join(kept[:-1]))  # as if it had been stopped in the last training
+    repo.run("python", *bench.split())
+    assert runs.read_text().splitlines(keepends=True)[:-1] == kept[:-1]
+    assert table.read_text().count("**own**") == 1
+    before = runs.read_text()
+    repo.run("python", *bench.split())
+    assert runs.read_text() == before
 
 
 @pytest.mark.parametrize("benchmark", ["bench", "recipes"])

@@ -103,6 +103,8 @@ def test_a_run_goes_on_from_a_checkpoint_before_its_first_evaluation(repo, run_t
     trial = run_trials("kill", len(undisturbed["operations"]) // 2)
     repo.set(**{"train.evaluations": 3})
     assert "going on from" in trial["log"]
+    assert trial["final_code"] == 0
+    assert trial["final"].keys() == undisturbed["final"].keys()
 
 
 def test_a_model_is_trained_by_one_process_at_a_time(repo):

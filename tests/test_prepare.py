@@ -126,6 +126,15 @@ def test_a_test_split_of_one_passage_is_refused(params):
     train = make_rows([(f"q{i}", f"p{i}") for i in range(50)], "train")
     with pytest.raises(InputError, match="one passage only"):
         split_rows(train + make_rows([("a", "same"), ("b", "same")], "test"), params)
+    with pytest.raises(InputError, match="all hang together"):
+        split_rows(train + make_rows([("a", "one"), ("a", "two"), ("b", "two")], "test"), params)
+
+
+def test_a_group_too_large_for_the_test_split_is_named(params, capsys):
+    splits = split_rows(make_rows([(f"q{i}", "yes" if i < 60 else f"p{i}") for i in range(100)]), params)
+    assert not any(row["positive"] == "yes" for row in splits["test"])
+    note = "note: 60 rows that hang together by texts that they share are too many for the test split"
+    assert note in capsys.readouterr().out
 
 
 def test_identical_passages_are_one_document_or_one_a_row():

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from conftest import ROOT
+from shared import status
 
 OTHERS = [
     {"id": 1, "login": "a-person", "body": "<!-- result of the pipeline --> I quote it"},
@@ -160,6 +161,13 @@ def test_the_gate_names_params_that_were_committed_without_a_run(repo):
     assert "learning rate 0.004" in result.stdout
 
 
+def test_a_section_of_params_is_no_folder_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "models/local/base").mkdir(parents=True)
+    (tmp_path / "models/local/base/own.dvc").write_text("outs:\n- md5: 0123456789abcdef.dir\n  path: own\n")
+    monkeypatch.setattr(status, "ROOT", tmp_path)
+    assert not status.is_elsewhere("models", {"models": "modified"}, {})
+
+
 def test_the_gate_names_a_lock_put_together_of_two_runs(repo, clone):
     path = clone / "dvc.lock"
     lock = yaml.safe_load(path.read_text())
@@ -203,6 +211,18 @@ def test_other_data_are_not_compared(repo, clone):
         lock.write_text(before.replace(md5[split], "f" * 32))
         assert "model is worse than `main`'s" in comment(repo, clone)
     lock.write_text(before)
+
+
+def test_a_near_duplicate_of_either_training_is_one(repo, clone):
+    def without(text: str) -> str:
+        return re.search(r"Without near-duplicates of .+?\)\.", text)[0]
+
+    path = clone / "metrics/ranks.csv"
+    before, said = path.read_text(), without(comment(repo, clone))
+    path.write_text(re.sub(r"^([^,]+,\d+),1,", r"\1,0,", before, flags=re.MULTILINE))
+    assert path.read_text() != before
+    assert without(comment(repo, clone)) == said
+    path.write_text(before)
 
 
 def test_a_target_that_git_does_not_know(repo, clone):

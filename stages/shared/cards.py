@@ -178,7 +178,7 @@ def read_rows(name: str, path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{name} is a folder; `path` in the data card names a file") from None
     except PermissionError:
         raise
-    except (ValueError, csv.Error, OSError, RecursionError) as error:  # pyarrow: OSError where a block is damaged
+    except (ValueError, OSError, RecursionError) as error:  # pyarrow: OSError where a block is damaged
         raise InputError(f"{name} is no valid {path.suffix[1:]} file: {first_line(error)}") from None
     if not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{name} is no list of rows: each row must be an object such as {{'question': …}}")
@@ -206,7 +206,11 @@ def read_json(path: Path) -> list[Any]:
 def read_csv(path: Path) -> list[dict[str, Any]]:
     csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        rows = list(csv.DictReader(lines, strict=True))
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            raise ValueError(f"line {reader.reader.line_num}: {error}") from None
     for number, row in enumerate(rows, start=1):
         if None in row:
             raise ValueError(f"row {number} has more cells than the header has names")

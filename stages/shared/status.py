@@ -41,8 +41,10 @@ def changes(stages: dict[str, dict[str, Any]]) -> list[str]:
     return [f"{name}: changed since {', '.join(stages)}" for name, stages in sorted(stages_of.items())]
 
 
-def is_elsewhere(path: str, state: str, locked: dict[str, dict[str, Any]]) -> bool:
+def is_elsewhere(path: str, state: str | dict[str, Any], locked: dict[str, dict[str, Any]]) -> bool:
     """Whether it is data or a model that Git does not hold, so that a clone may be without it, or without a part."""
+    if isinstance(state, dict):  # of params, some of which are named as folders are
+        return False
     folder = ROOT / path
     # DVC leaves an empty folder where an experiment failed in a clone without data.
     is_empty = folder.is_dir() and not any(inside.is_file() for inside in folder.rglob("*"))
