@@ -23,7 +23,8 @@ def ranks_in_other_protocol(rankings: list[Ranking], rows: list[Row], all_rows: 
 
     `all_rows` are those of all splits, of which the corpus was made. Copies of a passage have the same score, so that
     they stand together in a ranking, in the order of their ids. (BM25's scores would change a little, since copies
-    make their words commoner. Rows that prepare dropped as duplicates stay dropped.)
+    make their words commoner. Rows that prepare dropped as duplicates stay dropped. A ranking has 100 documents: where
+    they are copies of fewer passages than a metric looks at, a passage below those counts as not found.)
     """
     text = {row["document_id"]: row["positive"] for row in all_rows}
     copies: dict[str, list[str]] = {}
