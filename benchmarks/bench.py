@@ -109,9 +109,10 @@ def main() -> None:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several, the library would divide a batch among all
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # else what runs in a process of its own would go on
     with TemporaryDirectory() as folder:
+        for base in arguments.bases:
+            model_folder(base, "base")  # raises InputError now, and not after hours
         clones = []
         for base, card in product(arguments.bases, arguments.data):
-            model_folder(base, "base")  # raises InputError now, and not after hours
             clones.append(Path(folder) / str(len(clones)))
             base_anywhere = str(ROOT / base) if base.startswith("./") else base
             prepare(clones[-1], card, {"models.base": base_anywhere, "train.seeds": arguments.seeds})

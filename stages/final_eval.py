@@ -57,9 +57,9 @@ def main() -> None:
     # 3. The gain; and again without queries that training nearly saw, and under the other protocol for duplicates.
     views = {"all": (ranks, groups)}
     unseen = np.array([row["id"] not in near_duplicates for row in test])
-    if not unseen.all() and len(set(groups[unseen])) > 1:
-        few = {model: own[:, unseen] for model, own in ranks.items()}
-        views["without_near_duplicates"] = (few, np.unique(groups[unseen], return_inverse=True)[1])
+    own_groups = significance.groups_of_some(groups, unseen)
+    if own_groups is not None:
+        views["without_near_duplicates"] = ({model: own[:, unseen] for model, own in ranks.items()}, own_groups)
     if data["repeated_passages"]:
         merged, rows = params.prepare.merge_identical_passages, [row for split in splits.values() for row in split]
         other = {
@@ -150,11 +150,9 @@ def gain_over(model: str, views: dict[str, tuple[Ranks, np.ndarray]], metric: Me
         return {"queries": ranks[model].shape[1], "before": before, "after": after}
 
     ranks, _ = views["all"]
-    changes = (score(metric, ranks["finetuned"]) - score(metric, ranks[model])).mean(axis=0)
-    counts = {"wins": changes > 0, "ties": changes == 0, "losses": changes < 0}
     return {
         metric: compare("all", metric),
-        "queries": {name: int(chosen.sum()) for name, chosen in counts.items()},
+        "queries": significance.wins_and_losses(score(metric, ranks["finetuned"]), score(metric, ranks[model])),
         **{view: means(view) | compare(view, metric) for view in views if view != "all"},
         "secondary": {other: compare("all", other) for other in get_args(Metric) if other != metric},
     }

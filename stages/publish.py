@@ -265,13 +265,10 @@ def gains_of(table: RankTable, seed: int, metric: Metric) -> dict[str, Any]:
     gains: dict[str, Any] = {"test": {"queries": len(table.groups), "groups": len(np.unique(table.groups))}}
     for model, own in before.items():
         gains[f"over_{model}"] = {metric: significance.compare(after, own, table.groups)._asdict()}
-    changes = after - before["base"]
-    counts = {"wins": changes > 0, "ties": changes == 0, "losses": changes < 0}
-    gains["over_base"]["queries"] = {name: int(chosen.sum()) for name, chosen in counts.items()}
-    unseen = table.unseen
-    _, groups = np.unique(table.groups[unseen], return_inverse=True)
-    if not unseen.all() and groups.any():  # there are two or more
-        few = significance.compare(after[:, unseen], before["base"][:, unseen], groups)
+    gains["over_base"]["queries"] = significance.wins_and_losses(after, before["base"])
+    groups = significance.groups_of_some(table.groups, table.unseen)
+    if groups is not None:
+        few = significance.compare(after[:, table.unseen], before["base"][:, table.unseen], groups)
         gains["over_base"]["without_near_duplicates"] = few._asdict()
     return gains
 

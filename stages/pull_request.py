@@ -116,8 +116,8 @@ def verdict_against(target: str, metric: Metric) -> str:
     comparison = significance.compare(after, before, groups)
     words = report.verdict(comparison, metric, "This branch's fine-tuned model", f"`{target}`'s", len(groups))
     text = f"**{words}**; paired randomization test, p {report.p_in_words(comparison.p_value)}."
-    _, own_groups = np.unique(groups[unseen], return_inverse=True)
-    if own_groups.any() and not unseen.all():  # there are two or more
+    own_groups = significance.groups_of_some(groups, unseen)
+    if own_groups is not None:
         few = significance.compare(after[:, unseen], before[:, unseen], own_groups)
         text += f" Without near-duplicates of training or validation rows: {report.gain_and_p(few._asdict())[0]}."
     if same:

@@ -90,6 +90,22 @@ def test_a_model_against_itself_is_no_difference_and_the_same_comparison_gives_t
     assert significance.compare(other, scores, np.arange(100)) == significance.compare(other, scores, np.arange(100))
 
 
+def test_what_is_the_same_in_each_seed_is_a_tie():
+    """Of three seeds with 0.1 each, the rounded mean is not 0.1."""
+    after = np.array([[0.1, 0.0, 0.5], [0.1, 0.3, 0.1], [0.1, 0.0, 0.1]])
+    before = np.array([[0.1, 0.2, 0.2]])
+    assert significance.wins_and_losses(after, before) == {"wins": 1, "ties": 1, "losses": 1}
+
+
+def test_some_of_the_queries_are_numbered_anew_by_group():
+    groups = np.array([0, 1, 1, 2, 2])
+    some = significance.groups_of_some(groups, np.array([True, False, False, True, True]))
+    assert some.tolist() == [0, 1, 1]
+    assert significance.groups_of_some(groups, np.full(5, True)) is None  # nothing is left out
+    assert significance.groups_of_some(groups, groups == 1) is None  # one group alone cannot be drawn from
+    assert significance.groups_of_some(groups, np.full(5, False)) is None
+
+
 @pytest.mark.parametrize(
     ("comparison", "words"),
     [

@@ -47,6 +47,19 @@ def compare(after: np.ndarray, before: np.ndarray, groups: np.ndarray) -> Compar
     return Comparison(float(after.mean() - before.mean()), low, high, float(test.pvalue))
 
 
+def wins_and_losses(after: np.ndarray, before: np.ndarray) -> dict[str, int]:
+    """How many queries score higher, the same and lower, by the mean of the seeds of `after`; `before` has one."""
+    changes = (after - before).mean(axis=0)  # in this order, so that no rounding makes a tie a win
+    counts = {"wins": changes > 0, "ties": changes == 0, "losses": changes < 0}
+    return {name: int(chosen.sum()) for name, chosen in counts.items()}
+
+
+def groups_of_some(groups: np.ndarray, chosen: np.ndarray) -> np.ndarray | None:
+    """The groups of the chosen queries, numbered from 0 on; None where all are chosen, or fewer than two groups."""
+    _, own = np.unique(groups[chosen], return_inverse=True)
+    return own if own.any() and not chosen.all() else None
+
+
 def score_interval(scores: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
     """The 95% interval of one model's mean score; shapes as for `compare`."""
     sums = group_sums(scores, groups)
