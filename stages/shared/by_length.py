@@ -29,18 +29,19 @@ def chunk_shape(model: SentenceTransformer, in_bf16: bool) -> dict[str, int | No
 
     No multiple (None) is for texts end to end in one row, without padding: on a processor, in fp32, the forward pass
     took 0.62 to 0.88 (MiniLM) and 0.80 times (mpnet) as long as in padded chunks of 512 tokens, forward and backward
-    0.63 to 0.90 and 0.73 to 0.77 times. Not measured in bf16.
+    0.63 to 0.90 and 0.73 to 0.77 times.
 
     Small chunks pad less, large ones fill a GPU. A processor compiles a product in bf16 for its shape when it meets it
-    (2 to 9 ms for one of MiniLM's that then takes 0.4 ms), so there few lengths are better than little padding. Not so
-    with the longer products of wider models: of mpnet (768 dimensions) a step of short texts took a quarter less time
-    with less padding, one of texts of 60 tokens as long. Nor without a transformer: an LSTM takes no padding of all
-    texts.
+    (2 to 9 ms for one of MiniLM's that then takes 0.4 ms). End to end, long rows are therefore the better ones: a step
+    took 0.76 to 0.80 (MiniLM) and 0.71 to 0.78 times (mpnet) as long as padded, with rows of 2,048 tokens 0.83 to 0.86
+    and 0.76 to 0.83. Padded, few lengths are better than little padding. Not so with the longer products of wider
+    models: of mpnet (768 dimensions) a step of short texts took a quarter less time with less padding, one of texts of
+    60 tokens as long. Nor without a transformer: an LSTM takes no padding of all texts.
     """
     if torch.accelerator.is_available():
         return {"chunk_tokens": 16_384, "multiple": 1}
-    if not in_bf16 and takes_end_to_end(model):
-        return {"chunk_tokens": 2_048, "multiple": None}
+    if takes_end_to_end(model):
+        return {"chunk_tokens": 4_096 if in_bf16 else 2_048, "multiple": None}
     is_narrow = model.transformers_model is not None and (model.get_embedding_dimension() or 0) < 768
     if in_bf16 and is_narrow:
         return {"chunk_tokens": 1_024, "multiple": 8}
@@ -268,19 +269,22 @@ def attention_within_texts(
     """
     like = [(length, len(list(texts))) for length, texts in groupby(cu_seq_lens_q.diff().tolist())]
     tokens = [length * texts for length, texts in like]
-    parts = zip(*(tensor[0].split(tokens, dim=1) for tensor in (query, key, value)), strict=True)
+    # At least in float32: in bf16 a processor would compile the products of each length and number of texts.
+    exact = torch.promote_types(query.dtype, torch.float32)
+    parts = zip(*(tensor[0].to(exact).split(tokens, dim=1) for tensor in (query, key, value)), strict=True)
     attended = []
-    for (length, texts), part in zip(like, parts, strict=True):
-        q, k, v = (tensor.unflatten(1, (texts, length)) for tensor in part)
-        of_positions = None if bias is None else bias[..., :length, :length]
-        if length > PLAIN_ATTENTION_TOKENS:
-            own = scaled_dot_product_attention(q, k, v, attn_mask=of_positions, dropout_p=dropout, scale=scaling)
-        else:
-            scores = q * scaling @ k.transpose(-1, -2)
-            weights = (scores if bias is None else scores + of_positions).softmax(dim=-1)
-            own = torch.dropout(weights, dropout, train=True) @ v
-        attended.append(own.flatten(1, 2))
-    return torch.cat(attended, dim=1).transpose(0, 1)[None], None
+    with torch.autocast(query.device.type, enabled=False):
+        for (length, texts), part in zip(like, parts, strict=True):
+            q, k, v = (tensor.unflatten(1, (texts, length)) for tensor in part)
+            of_positions = None if bias is None else bias[..., :length, :length]
+            if length > PLAIN_ATTENTION_TOKENS:
+                own = scaled_dot_product_attention(q, k, v, attn_mask=of_positions, dropout_p=dropout, scale=scaling)
+            else:
+                scores = q * scaling @ k.transpose(-1, -2)
+                weights = (scores if bias is None else scores + of_positions).softmax(dim=-1)
+                own = torch.dropout(weights, dropout, train=True) @ v
+            attended.append(own.flatten(1, 2))
+    return torch.cat(attended, dim=1).transpose(0, 1)[None].to(query.dtype), None
 
 
 AttentionInterface.register(WITHIN_TEXTS, attention_within_texts)

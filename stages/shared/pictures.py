@@ -160,9 +160,8 @@ def gains_by_length(
     for one in np.unique(classes):
         chosen = classes == one
         first, last, mean = words[chosen].min(), words[chosen].max(), gains[:, chosen].mean()
-        _, own_groups = np.unique(groups[chosen], return_inverse=True)
-        several = own_groups.any()  # one group has no interval
-        between = significance.score_interval(gains[:, chosen], own_groups) if several else (mean, mean)
+        own_groups = significance.several_groups(groups, chosen)
+        between = (mean, mean) if own_groups is None else significance.score_interval(gains[:, chosen], own_groups)
         yield f"{first if first == last else f'{first}–{last}'}\n({chosen.sum():,} queries)", mean, between
 
 

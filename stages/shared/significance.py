@@ -54,10 +54,10 @@ def wins_and_losses(after: np.ndarray, before: np.ndarray) -> dict[str, int]:
     return {name: int(chosen.sum()) for name, chosen in counts.items()}
 
 
-def groups_of_some(groups: np.ndarray, chosen: np.ndarray) -> np.ndarray | None:
-    """The groups of the chosen queries, numbered from 0 on; None where all are chosen, or fewer than two groups."""
+def several_groups(groups: np.ndarray, chosen: np.ndarray) -> np.ndarray | None:
+    """The groups of the chosen queries, numbered from 0 on; None if there is but one, which has no interval."""
     _, own = np.unique(groups[chosen], return_inverse=True)
-    return own if own.any() and not chosen.all() else None
+    return own if own.any() else None
 
 
 def score_interval(scores: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
