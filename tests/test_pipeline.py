@@ -11,6 +11,7 @@ from typing import get_args
 
 import ir_measures
 import pytest
+import torch
 import yaml
 
 from conftest import stages_run
@@ -200,3 +201,11 @@ def test_the_same_params_give_the_same_bytes_from_any_folder(repo, tmp_path):
     for script in (["train.py", "42"], ["baseline_eval.py", "base"], ["final_eval.py"]):
         repo.run("python", str(repo.folder / "stages" / script[0]), *script[1:], cwd=tmp_path)
     assert (digest(repo.folder / "models/finetuned"), digest(repo.folder / "metrics")) == before
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="training is not on the processor")
+def test_where_torch_is_held_to_avx2_no_bf16_is_recorded_or_used(repo):
+    code = "import shared.environment, train; print(shared.environment.describe(), train.choose_precision('auto'))"
+    run = repo.run("python", "-c", code, PYTHONPATH="stages", ATEN_CPU_CAPABILITY="avx2")
+    assert "'bf16': False" in run.stdout
+    assert "BF16" not in run.stdout

@@ -67,8 +67,8 @@ def without_padding(model: SentenceTransformer) -> Iterator[None]:
     """The context in which `model.encode`, of sentence embeddings, lays a batch's texts end to end where training does.
 
     They differ by rounding. (Where a BERT's tokenizer pads on the left, the library counts a text's positions from the
-    padding on; here they are the text's own.) On two cores in fp32 it took 0.69 to 0.85 (MiniLM) and 0.49 to 0.55 times
-    (mpnet) as long.
+    padding on; here they are the text's own.) On two cores it took 0.69 to 0.85 (MiniLM) and 0.49 to 0.55 times (mpnet)
+    as long in fp32, 0.74 to 0.91 and 0.42 to 0.57 times in bf16.
     """
     shape = chunk_shape(model, torch.is_autocast_enabled("cpu"))
     if shape["multiple"] is not None:

@@ -22,7 +22,8 @@ def describe() -> dict[str, str | int]:
 
 
 def processor_has_bf16() -> bool:
-    """Whether it multiplies in bf16, rather than having it emulated."""
+    """Whether it multiplies in bf16, rather than having it emulated; not if ATEN_CPU_CAPABILITY holds torch to AVX2."""
     import torch
 
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return instructions == "AVX512" and torch.cpu.get_capabilities().get("avx512_bf16", False)
