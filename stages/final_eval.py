@@ -57,7 +57,7 @@ def main() -> None:
     # 3. The gain; and again without queries that training nearly saw, and under the other protocol for duplicates.
     views = {"all": (ranks, groups)}
     unseen = np.array([row["id"] not in near_duplicates for row in test])
-    own_groups = None if unseen.all() else significance.several_groups(groups, unseen)
+    own_groups = significance.groups_of_some(groups, unseen)
     if own_groups is not None:
         views["without_near_duplicates"] = ({model: own[:, unseen] for model, own in ranks.items()}, own_groups)
     if data["repeated_passages"]:

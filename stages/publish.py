@@ -266,7 +266,7 @@ def gains_of(table: RankTable, seed: int, metric: Metric) -> dict[str, Any]:
     for model, own in before.items():
         gains[f"over_{model}"] = {metric: significance.compare(after, own, table.groups)._asdict()}
     gains["over_base"]["queries"] = significance.wins_and_losses(after, before["base"])
-    groups = None if table.unseen.all() else significance.several_groups(table.groups, table.unseen)
+    groups = significance.groups_of_some(table.groups, table.unseen)
     if groups is not None:
         few = significance.compare(after[:, table.unseen], before["base"][:, table.unseen], groups)
         gains["over_base"]["without_near_duplicates"] = few._asdict()

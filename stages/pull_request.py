@@ -116,7 +116,7 @@ def verdict_against(target: str, metric: Metric) -> str:
     comparison = significance.compare(after, before, groups)
     words = report.verdict(comparison, metric, "This branch's fine-tuned model", f"`{target}`'s", len(groups))
     text = f"**{words}**; paired randomization test, p {report.p_in_words(comparison.p_value)}."
-    own_groups = None if unseen.all() else significance.several_groups(groups, unseen)
+    own_groups = significance.groups_of_some(groups, unseen)
     if own_groups is not None:
         few = significance.compare(after[:, unseen], before[:, unseen], own_groups)
         text += f" Without near-duplicates of training or validation rows: {report.gain_and_p(few._asdict())[0]}."

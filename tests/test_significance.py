@@ -99,10 +99,12 @@ def test_what_is_the_same_in_each_seed_is_a_tie():
 
 def test_some_of_the_queries_are_numbered_anew_by_group():
     groups = np.array([0, 1, 1, 2, 2])
-    some = significance.several_groups(groups, np.array([True, False, False, True, True]))
+    some = significance.groups_of_some(groups, np.array([True, False, False, True, True]))
     assert some.tolist() == [0, 1, 1]
-    assert significance.several_groups(groups, groups == 1) is None  # one group alone cannot be drawn from
-    assert significance.several_groups(groups, np.full(5, False)) is None
+    assert significance.groups_of_some(groups, np.full(5, True)) is None  # nothing is left out
+    assert significance.groups_of_some(groups, groups == 1) is None  # one group alone cannot be drawn from
+    assert significance.groups_of_some(groups, np.full(5, False)) is None
+    assert significance.several_groups(groups, np.full(5, True)).tolist() == groups.tolist()
 
 
 @pytest.mark.parametrize(

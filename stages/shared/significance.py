@@ -54,6 +54,11 @@ def wins_and_losses(after: np.ndarray, before: np.ndarray) -> dict[str, int]:
     return {name: int(chosen.sum()) for name, chosen in counts.items()}
 
 
+def groups_of_some(groups: np.ndarray, chosen: np.ndarray) -> np.ndarray | None:
+    """As `several_groups`; None also where nothing is left out, so that there is nothing more to compare."""
+    return None if chosen.all() else several_groups(groups, chosen)
+
+
 def several_groups(groups: np.ndarray, chosen: np.ndarray) -> np.ndarray | None:
     """The groups of the chosen queries, numbered from 0 on; None if there is but one, which has no interval."""
     _, own = np.unique(groups[chosen], return_inverse=True)
