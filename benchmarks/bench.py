@@ -360,6 +360,7 @@ def train_one(
     if keep_memory:
         encoders.keep_freed_memory()
     encoder = SentenceTransformer(base_model(Path(clone)), model_kwargs={"dtype": torch.float32})
+    encoders.name_document_prompt(encoder)
     torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
     set_dropout(encoder, dropout)
     rows = [{column: row[column] for column in columns} for row in rows_of(Path(clone), "train")]

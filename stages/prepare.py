@@ -5,6 +5,7 @@ Writes  data/prepared/{train,validation,test,corpus,near_duplicates}.jsonl, metr
 """
 
 import re
+import unicodedata
 from collections import Counter
 from itertools import combinations
 from typing import Any
@@ -73,7 +74,10 @@ def main() -> None:
     }
     records.write_json(records.METRICS / "data.json", summary)
     sizes = ", ".join(f"{len(splits[split]):,} {split}" for split in SPLITS)
-    print(f"{card.title}: {sizes} rows; {len(corpus):,} passages; {empty + sum(dropped.values()):,} rows dropped")
+    print(
+        f"{card.title}: {sizes} rows; {len(corpus):,} passages; {empty + sum(dropped.values()):,} rows dropped;"
+        f" {summary['near_duplicates']['rows']:,} test rows (nearly) stand in the other splits"
+    )
 
 
 def check_columns(source: cards.Source) -> None:
@@ -140,7 +144,7 @@ def clean_rows(source: cards.Source, drop_empty: bool) -> tuple[list[dict[str, A
 
 
 def clean_text(value: Any, column: str, place: str) -> str:
-    """One line of valid Unicode; None is empty, and so is NaN, which pandas writes for it.
+    """One line of valid Unicode, in its form NFC; None is empty, and so is NaN, which pandas writes for it.
 
     White space and control characters become single spaces, half of a surrogate pair becomes U+FFFD, and marks of
     writing direction, which no model reads and which can make a line look like another, go.
@@ -151,7 +155,7 @@ def clean_text(value: Any, column: str, place: str) -> str:
         raise InputError(f"{place}: {column!r} holds {type(value).__name__} {value!r:.60}, where text is needed")
     text = re.sub(DIRECTION_MARKS, "", re.sub(LONE_SURROGATE, "\ufffd", str(value)))
     pairs_joined = text.encode("utf-16", "surrogatepass").decode("utf-16")
-    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", pairs_joined).strip()
+    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", unicodedata.normalize("NFC", pairs_joined)).strip()
 
 
 def drop_rows(rows: list[dict[str, Any]], max_word_overlap: float, drop_duplicates: bool) -> tuple[list, dict]:

@@ -60,6 +60,8 @@ def main() -> None:
 
 def check_arguments(repository: str, licence: str | None, data_card: cards.Card) -> None:
     """Raises InputError."""
+    if not repository:
+        raise InputError("which repository? `make publish TO=org/name LICENCE=apache-2.0`")
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

@@ -41,7 +41,7 @@ def main() -> None:
     text = f"""{MARK}
 ## This branch against `{target}`
 
-{staleness()}{verdict_against(target, metric)}
+{staleness() or verdict_against(target, metric)}
 
 {dvc_diff("params", target) or f"No param differs from `{target}`."}
 
@@ -69,7 +69,8 @@ def main() -> None:
 def staleness() -> str:
     found = status.mismatches()
     few = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
-    return f"**The result is not of this state of the branch** (`dvc repro`): {few}.\n\n" if few else ""
+    what = "**What follows is not of this state of the branch**, but of its last run"
+    return f"{what} (`dvc repro`): {few}." if few else ""
 
 
 def written(name: str) -> str:
@@ -111,7 +112,7 @@ def verdict_against(target: str, metric: Metric) -> str:
     in_both = ours.keys() & theirs.keys()
     same = bool(in_both) and all(np.array_equal(ours[seed], theirs[seed]) for seed in in_both)
     if same and ours.keys() == theirs.keys():
-        return f"This branch's fine-tuned model finds every query's passage where `{target}`'s does."
+        return f"This branch's fine-tuned model ranks every query's passage as `{target}`'s does."
     after, before = (score(metric, np.stack(list(ranks.values()))) for ranks in (ours, theirs))
     comparison = significance.compare(after, before, groups)
     words = report.verdict(comparison, metric, "This branch's fine-tuned model", f"`{target}`'s", len(groups))
@@ -121,9 +122,7 @@ def verdict_against(target: str, metric: Metric) -> str:
         few = significance.compare(after[:, unseen], before[:, unseen], own_groups)
         text += f" Without near-duplicates of training or validation rows: {report.gain_and_p(few._asdict())[0]}."
     if same:
-        text += (
-            f" Only the seeds differ: with seed {', '.join(sorted(in_both))} both find every passage at the same rank."
-        )
+        text += f" Only the seeds differ: with seed {', '.join(sorted(in_both))} both rank every passage the same."
     if 1 in (len(after), len(before)):
         text += f" Seeds: `{target}` {len(before)}, this branch {len(after)}; of one, the luck is not in the interval."
     return text

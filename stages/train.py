@@ -20,6 +20,7 @@ import os
 import shutil
 import socket
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
@@ -59,6 +60,7 @@ SET_BY_THE_PIPELINE = {
     "max_steps",
     "eval_delay",
     "eval_on_start",
+    "dataloader_drop_last",
     "save_only_model",
     "ignore_data_skip",
 }
@@ -73,19 +75,7 @@ def main() -> None:
         raise InputError(f"params.yaml: train.seeds is {params.train.seeds}, which has no {seed}; add it there first")
     train, validation, corpus = records.read_split("train"), records.read_split("validation"), records.read_corpus()
     base = sources.model_folder(params.models.base, "base")
-    different = min(len({row[column] for row in train}) for column in ("anchor", "positive"))
-    if different < params.train.batch_size:
-        where = f"params.yaml: train.batch_size is {params.train.batch_size}"
-        if params.train.processes > 1:
-            raise InputError(
-                f"{where}, which {len(train)} training pairs of {different} different passages or queries do not fill,"
-                " and several processes leave an incomplete batch out; take a smaller one"
-            )
-        if different < len(train):
-            print(
-                f"note: {where}, and a batch has each passage and query once, of which there are {different}: an epoch"
-                f" ends before all {len(train)} pairs were seen; take a smaller one"
-            )
+    check_batches(train, params.train)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes == 1 < params.train.processes:
         sys.exit(launch(params.train.processes))
@@ -183,6 +173,26 @@ def main() -> None:
     )
 
 
+def check_batches(train: list[records.Row], params: TrainParams) -> None:
+    """A batch has each passage and query once, and an epoch as many batches as its pairs would fill.
+
+    Says so where pairs are left out of each epoch. Raises InputError where several processes, which leave incomplete
+    batches out, cannot fill theirs.
+    """
+    size, several = params.batch_size, params.processes > 1
+    batches = len(train) // size if several else math.ceil(len(train) / size)
+    counts = [Counter(row[column] for row in train).values() for column in ("anchor", "positive")]
+    seen = min(sum(min(count, batches) for count in of_texts) for of_texts in counts)
+    where = f"params.yaml: train.batch_size is {size}, and a batch has each passage and query once"
+    if several and seen < max(batches, 1) * size:
+        raise InputError(
+            f"{where}: {len(train)} training pairs do not fill batches, and several processes leave incomplete ones"
+            " out; take a smaller one"
+        )
+    if not several and seen < len(train):
+        print(f"note: {where}: an epoch leaves out {len(train) - seen} of {len(train)} pairs; take a smaller one")
+
+
 def launch(processes: int) -> int:
     """Run `main` in each of so many processes, which end when this one or one of them does; the exit code.
 
@@ -249,6 +259,7 @@ def training_arguments(train: TrainParams, seed: int, scratch: Path) -> "Sentenc
     import torch
     from sentence_transformers import SentenceTransformerTrainingArguments
     from sentence_transformers.base.sampler import BatchSamplers
+    from transformers import get_scheduler
 
     # Shares of all steps; below 1 also for a single one, since 1 would mean each step.
     evaluation, save = (1 / count - 1e-9 for count in (train.evaluations, train.checkpoints))
@@ -295,8 +306,15 @@ def training_arguments(train: TrainParams, seed: int, scratch: Path) -> "Sentenc
             raise InputError(f"{where} is {value!r}: {error.errors()[0]['msg']}") from None
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(scratch / "tensorboard")
     try:
-        return SentenceTransformerTrainingArguments(**fixed, **open_to_change | own_arguments)
-    except (ValueError, TypeError, ImportError, OSError) as error:
+        arguments = SentenceTransformerTrainingArguments(**fixed, **open_to_change | own_arguments)
+        # What the library looks at only once all is loaded.
+        arguments.get_process_log_level()
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+        get_scheduler(
+            arguments.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=arguments.lr_scheduler_kwargs
+        )
+        return arguments
+    except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         raise InputError(f"params.yaml: train.arguments: {error}".splitlines()[0]) from error
 
 
@@ -334,8 +352,7 @@ def set_dropout(model: "SentenceTransformer", share: float | Literal["model"]) -
 
 def prompts(model: "SentenceTransformer") -> dict[str, str]:
     """The model's own prompts by column, so that it is trained as `encode_query` and `encode_document` will use it."""
-    document = next((model.prompts[name] for name in ("document", "passage", "corpus") if name in model.prompts), "")
-    by_column = {"anchor": model.prompts.get("query", ""), "positive": document}
+    by_column = {"anchor": model.prompts.get("query"), "positive": model.prompts.get("document")}
     return {column: prompt for column, prompt in by_column.items() if prompt}
 
 

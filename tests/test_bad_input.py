@@ -12,7 +12,7 @@ import pytest
 
 from shared.errors import InputError
 from shared.params import read_params
-from train import training_arguments
+from train import check_batches, training_arguments
 
 # Models whose loading would run own.py, which lies beside them: file → content.
 MODELS_WITH_CODE = {
@@ -112,7 +112,12 @@ def contents(repo) -> dict[Path, bytes]:
         ("prepare.test_fraction", 1.5, ["prepare.test_fraction is 1.5", "less than 1"]),
         ("models.base", "bm25", ["models.base is 'bm25'", "no weights"]),
         ("models.base", "BAAI/bge-base-en-v1.5", ["BAAI/bge-base-en-v1.5@COMMIT"]),
-        ("models.reference", "bm52", ["models.reference is 'bm52'", "org/name@revision, package:NAME, ./path or bm25"]),
+        ("models.base", "BAAI/bge-base-en-v1.5@", ["a revision: BAAI/bge-base-en-v1.5@COMMIT"]),
+        (
+            "models.reference",
+            "bm52",
+            ["models.reference is 'bm52'", "org/name@revision, package:NAME, ./path or /path"],
+        ),
         ("prepare.card", "hpo-lai", ["prepare.card", "data/cards/hpo-lai.yaml", "did you mean hpo-lay?"]),
     ],
 )
@@ -158,6 +163,7 @@ def test_an_error_reaches_the_user_of_dvc(repo):
         ({"data/raw/mine.jsonl": "data/raw"}, ["data/raw: the ending (none)", ".jsonl"]),
         ({"path: data/raw/mine.jsonl": "path: {trian: a.csv, test: b.csv}"}, ["path: should be", "{train: NAME, test"]),
         ({"source: files": "source: web"}, ["mine.yaml", "'web'", "hub, files, obo"]),
+        ({"licence: none": "licence:"}, ["licence is empty"]),
         ({"licence: none": "license: none"}, ["license is unknown", "did you mean licence?"]),
     ],
 )
@@ -207,12 +213,14 @@ def test_rows(repo, rows, words):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("mine.jsonl", '{"question": "q"}\n{"question": ', ["no valid jsonl file", "line 2"]),
+        ("mine.jsonl", '{"question": "q"}\n{"question": ', ["no valid jsonl file", "line 2: Expecting value: column"]),
         ("mine.jsonl", "[1]\n", ["no list of rows"]),
         ("mine.json", '{"question": "q"}', ["no valid json file", "a list of rows"]),
         ("mine.csv", "id,question,answer\n1,q,a,b\n", ["no valid csv file", "row 1 has more cells"]),
+        ("mine.csv", "id,question,answer,question\n1,q,a,b\n", ["no valid csv file", "names 'question' twice"]),
         ("mine.csv", 'id,question,answer\n1,q,a\n2,"q"x,a\n', ["no valid csv file", "line 3"]),
-        ("mine.csv", b"\x89PNG\r\n\x1a\n\xff\xfe\x00", ["no valid csv file", "utf-8"]),
+        ("mine.csv", b"\x89PNG\r\n\x1a\n\xff\xfe\x00", ["mine.csv is not UTF-8 (it holds the byte 0x89)"]),
+        ("mine.csv", "question;answer\nq;a\n", ["no valid csv file", "'question;answer'", "no comma"]),
         ("mine.parquet", "id,question,answer\n1,q,a\n", ["no valid parquet file"]),
         ("mine.xlsx", "?", [".xlsx is none of .jsonl, .json, .csv, .parquet"]),
     ],
@@ -333,6 +341,8 @@ def test_models(repo, static_model, tmp_path, base, words):
         ({"arguments": {"num_train_epochs": 2}}, ["set train.epochs instead"]),
         ({"arguments": {"hub_token": "x"}}, ["pipeline's own business"]),
         ({"arguments": {"lr_scheduler_type": "zigzag"}}, ["train.arguments", "zigzag"]),
+        ({"arguments": {"lr_scheduler_kwargs": {"foo": 1}}}, ["train.arguments", "foo"]),
+        ({"arguments": {"log_level": "warn"}}, ["train.arguments", "warn"]),
         ({"arguments": {"weight_decay": "abc"}}, ["train.arguments.weight_decay is 'abc'", "number"]),
         ({"arguments": {"accelerator_config": "absent.json"}}, ["train.arguments", "absent.json"]),
         ({"precision": "fp16"}, ["fp16", "CUDA GPU", "take auto"]),
@@ -359,10 +369,22 @@ def test_fewer_passages_than_a_batch_has_pairs(repo, static_model):
     prepare_own_files(repo)
     repo.set(**{"models.base": str(static_model), "train.batch_size": 64, "train.epochs": 1})
     printed = repo.run("python", "stages/train.py", "42").stdout
-    assert re.search(r"note: .*batch_size is 64, .* there are (2|3)\d: an epoch ends", printed)
+    assert re.search(r"note: .*batch_size is 64, .*: an epoch leaves out \d+ of 1\d\d pairs", printed)
     repo.set(**{"train.processes": 2})
     message = error_of(repo, "python", "stages/train.py", "42")
-    assert re.search(r"of (2|3)\d different passages or queries do not fill", message)
+    assert re.search(r"batch_size is 64, .*: 1\d\d training pairs do not fill batches", message)
+
+
+def test_an_answer_to_many_questions_leaves_some_out(capsys):
+    """One in each of an epoch's eight batches; the other 292 pairs no batch can take."""
+    rows = [{"anchor": f"question {i}", "positive": f"answer {max(i, 299)}"} for i in range(1_000)]
+    params = read_params().train.model_copy(update={"batch_size": 128, "processes": 1})
+    check_batches(rows, params)
+    assert "an epoch leaves out 292 of 1000 pairs" in capsys.readouterr().out
+    with pytest.raises(InputError, match="1000 training pairs do not fill batches"):
+        check_batches(rows, params.model_copy(update={"processes": 2}))
+    check_batches(rows[299:], params)
+    assert not capsys.readouterr().out
 
 
 def test_loss_that_is_not_a_number(repo, static_model, tmp_path):

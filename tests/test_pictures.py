@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from shared.pictures import gains_by_length
+from shared.pictures import gain_by_length, gains_by_length
 
 
 def test_gains_by_query_length_have_intervals_and_lose_no_query():
@@ -19,3 +19,9 @@ def test_gains_by_query_length_have_intervals_and_lose_no_query():
 def test_queries_of_one_length_and_one_group_are_one_class_without_an_interval():
     ((label, mean, interval),) = gains_by_length(np.full((1, 4), 0.5), np.zeros(4, dtype=int), np.full(4, 3))
     assert (label, mean, interval) == ("3\n(4 queries)", 0.5, (0.5, 0.5))
+
+
+def test_queries_that_gain_the_same_are_drawn():
+    """By a rounding error the mean of three seeds lies outside its interval, which has no width."""
+    gains = np.full((3, 4), 1 - 1 / np.log2(3))
+    assert gain_by_length(gains, np.arange(4), np.full(4, 3), "ndcg@10").startswith("<?xml")

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import get_args
 
 import ir_measures
+import numpy as np
 import pytest
 import torch
 import yaml
+from sentence_transformers import SentenceTransformer
 
 from conftest import stages_run
 from shared.encoders import load_encoder
 from shared.params import Metric
 from shared.report import PICTURES
 from shared.retrieval import make_evaluator
+from train import prompts
 
 ALL_STAGES = ["prepare", "baseline_eval@base", "baseline_eval@reference", "train@42", "final_eval"]
 
@@ -90,6 +93,20 @@ def test_the_base_is_scored_on_validation_rows_as_by_a_search_for_them_alone(rep
     alone = evaluator(load_encoder(static_model, "static"))
     scores = {name.rsplit("_", 1)[-1]: score for name, score in alone.items()}
     assert read(repo, "validation/base.json") == pytest.approx(scores, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["document", "passage", "corpus"])
+def test_a_models_own_prompts_are_used_in_training_and_scoring(name, static_model, tmp_path):
+    shutil.copytree(static_model, tmp_path / "prompted")
+    config = tmp_path / "prompted/config_sentence_transformers.json"
+    own_prompts = {"query": "query: ", name: "passage: "}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prompts": own_prompts}))
+    model = load_encoder(tmp_path / "prompted", "prompted")
+    assert prompts(model) == {"anchor": "query: ", "positive": "passage: "}
+    model.save_pretrained(str(tmp_path / "saved"))
+    for used in (model, SentenceTransformer(str(tmp_path / "saved"))):
+        assert np.array_equal(used.encode_query(["heart"]), used.encode(["query: heart"]))
+        assert np.array_equal(used.encode_document(["heart"]), used.encode(["passage: heart"]))
 
 
 def test_the_test_is_also_scored_without_near_duplicates_and_one_document_a_row(repo):

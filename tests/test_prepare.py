@@ -43,6 +43,7 @@ def params():
         ("broken \ud800 surrogate", "broken \ufffd surrogate"),
         ("a pair \ud83d\ude00 is a character", "a pair 😀 is a character"),
         ("\u200fשלום \u202etxt.exe\u202c", "שלום txt.exe"),
+        ("Ou\u0300 est le cafe\u0301", "Où est le café"),
         ("=SUM(A1)", "=SUM(A1)"),
         (17, "17"),
         (None, ""),

@@ -231,7 +231,7 @@ def test_another_state_of_the_code_or_params(repo, hub):
     repo.set(**{"train.epochs": 7})
     repo.commit("params alone")
     message = refusal(run(repo, hub.url, token=WRITER))
-    assert "not of this state: train.epochs: changed since train@42, final_eval.\n`dvc repro`" in message
+    assert "not of this state: params.yaml: train.epochs: changed since train@42, final_eval.\n`dvc repro`" in message
     repo.run("git", "reset", "--quiet", "--hard", "HEAD~")
     assert len(hub.requests) == sent
 
@@ -275,6 +275,7 @@ def test_a_licence_that_the_hub_does_not_know(repo, hub):
     [
         (NAME, "", "it has to be named, such as apache-2.0"),
         (NAME, "Apache-2.0", "'Apache-2.0' is none of the Hub's ids"),
+        ("", "mit", "which repository? `make publish TO="),
         ("alone", "mit", "'alone' is no repository"),
         ("a/b/c", "mit", "'a/b/c' is no repository"),
     ],

@@ -86,7 +86,7 @@ def test_another_environment_is_named(repo, clone):
 
 def test_a_branch_without_effect(repo, clone):
     text = comment(repo, clone, "slower")
-    assert "finds every query's passage where `slower`'s does" in text
+    assert "ranks every query's passage as `slower`'s does" in text
     assert "No param differs" in text
     assert "→" not in text.partition("## Fine-tuned against")[0]
 
@@ -108,16 +108,19 @@ def test_a_result_of_another_state_is_named_in_the_comment(repo, clone):
     before = path.read_text()
     path.write_text(before.replace("epochs: 4", "epochs: 3"))
     text = comment(repo, clone)
-    words = "**The result is not of this state of the branch** (`dvc repro`): train.epochs: changed since train@42"
+    words = "of its last run (`dvc repro`): params.yaml: train.epochs: changed since train@42"
     assert words in text
+    assert "fine-tuned model is worse than `main`'s" not in text
     path.write_text(before)
-    assert "not of this state" not in comment(repo, clone)
+    text = comment(repo, clone)
+    assert "not of this state" not in text
+    assert "fine-tuned model is worse than `main`'s" in text
 
 
 @pytest.mark.parametrize(
     ("file", "old", "new", "words"),
     [
-        ("params.yaml", "epochs: 4", "epochs: 3", "train.epochs: changed since train@42, final_eval"),
+        ("params.yaml", "epochs: 4", "epochs: 3", "params.yaml: train.epochs: changed since train@42, final_eval"),
         ("params.yaml", "  - 42", "  - 42\n  - 43", "train.seeds: changed since final_eval"),
         ("stages/prepare.py", '"""Prepare', '"""Prepared', "stages/prepare.py: changed since prepare"),
         ("dvc.yaml", "train.py ${item}", "train.py  ${item}", "dvc.yaml (changed command): changed since train@42"),

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -178,6 +179,9 @@ def read_rows(name: str, path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{name} is a folder; `path` in the data card names a file") from None
     except PermissionError:
         raise
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise InputError(f"{name} is not UTF-8 (it holds the byte {byte:#04x}); save it as UTF-8") from None
     except (ValueError, OSError, RecursionError) as error:  # pyarrow: OSError where a block is damaged
         raise InputError(f"{name} is no valid {path.suffix[1:]} file: {first_line(error)}") from None
     if not all(isinstance(row, dict) for row in rows):
@@ -192,7 +196,7 @@ def read_jsonl(path: Path) -> list[Any]:
             if line.strip():
                 rows.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from None
+            raise ValueError(f"line {number}: {error}".replace("line 1 column", "column")) from None
     return rows
 
 
@@ -211,6 +215,11 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
             rows = list(reader)
         except csv.Error as error:
             raise ValueError(f"line {reader.reader.line_num}: {error}") from None
+    names = reader.fieldnames or []
+    if len(names) == 1:
+        raise ValueError(f"its first line, {names[0]!r:.60}, has no comma, which divides columns")
+    if twice := [name for name, count in Counter(names).items() if name and count > 1]:
+        raise ValueError(f"its first line names {twice[0]!r} twice")
     for number, row in enumerate(rows, start=1):
         if None in row:
             raise ValueError(f"row {number} has more cells than the header has names")

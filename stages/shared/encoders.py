@@ -37,7 +37,19 @@ def load_encoder(folder: Path, name: str) -> SentenceTransformer:
         raise InputError(f"{name} is no model that sentence-transformers loads: {first_line(error)}") from error
     if not all(weights.isfinite().all() for weights in model.parameters()):
         raise InputError(f"{name} is damaged: it has weights that are no finite numbers")
+    name_document_prompt(model)
     return model
+
+
+def name_document_prompt(model: SentenceTransformer) -> None:
+    """Make a prompt that the model calls passage or corpus its document prompt.
+
+    `encode_document` means to take them too, but finds an empty one by the name of document first, which
+    sentence-transformers gives to each model that has none.
+    """
+    names = [name for name in ("document", "passage", "corpus") if model.prompts.get(name)]
+    if names:
+        model.prompts["document"] = model.prompts[names[0]]
 
 
 def keep_freed_memory() -> None:

@@ -46,9 +46,9 @@ def check_model_name(name: str) -> str:
         return name
     repository, _, revision = name.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or name.startswith("."):
-        raise ValueError("a model is named org/name@revision, package:NAME, ./path or bm25")
+        raise ValueError("a model is named org/name@revision, package:NAME, ./path or /path (the reference also bm25)")
     if not revision:
-        raise ValueError(f"a Hub model needs a revision: {name}@COMMIT (or, not repeatable, {name}@main)")
+        raise ValueError(f"a Hub model needs a revision: {repository}@COMMIT (or, not repeatable, {repository}@main)")
     return name
 
 
@@ -168,7 +168,8 @@ def describe(error: ValidationError, schema: type[Settings]) -> str:
     else:
         message = re.sub("^(Value error, |(Input|String|Dictionary|List) should )", "", first["msg"])
         should = "" if first["type"] == "value_error" else "should "
-        value = "" if isinstance(first["input"], dict | Settings) else f" is {first['input']!r}"
+        given = first["input"]
+        value = "" if isinstance(given, dict | Settings) else " is empty" if given is None else f" is {given!r}"
         what = f"{where}{value}: {should}{message}"
     return what + (f" (and {len(others)} more)" if others else "")
 

@@ -79,10 +79,12 @@ def training(curves: Path, chosen: dict[int, dict[str, float]], before: float, m
             steps, values = [int(row["step"]) for row in rows], [float(row[column]) for row in rows]
             if name == "validation":
                 steps, values = [0, *steps], [before, *values]
-            axes.plot(steps, values, marker="" if name == "loss" else ".", color=COLOURS["finetuned"], alpha=0.8)
+            style = "-" if name == "loss" else ".:"  # only the points are measured
+            axes.plot(steps, values, style, color=COLOURS["finetuned"], alpha=0.8)
             if name == "validation":
                 axes.plot(model["step"], model["validation"], "o", markersize=9, fillstyle="none", color=INK)
-        axes.set_xlabel("step")
+    left.set_xlabel("step (an epoch's last batch is smaller)")
+    right.set_xlabel("step")
     left.set_title("Training loss")
     right.set_title(f"Validation {title(metric)} (circle: the model)")
     figure.tight_layout()
@@ -172,7 +174,8 @@ def canvas(columns: int = 1) -> tuple[Figure, Axes]:
 
 def whiskers(axes: Axes, places: np.ndarray, heights: list, intervals: list) -> None:
     lows, highs = np.transpose(intervals)
-    axes.errorbar(places, heights, [heights - lows, highs - heights], fmt="none", ecolor=INK, elinewidth=1, capsize=3)
+    down_and_up = np.maximum(0, [heights - lows, highs - heights])  # an interval may miss its mean by a rounding error
+    axes.errorbar(places, heights, down_and_up, fmt="none", ecolor=INK, elinewidth=1, capsize=3)
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:

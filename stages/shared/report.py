@@ -68,8 +68,11 @@ def write_report(
 
 {score_table(params, scores, intervals)}
 
-{queries:,} test queries in {gains["test"]["groups"]:,} groups, {data["passages"]:,} passages to search. \
-{dropped_in_words(data)}{mended_in_words(data)}
+{queries:,} test queries in {gains["test"]["groups"]:,} groups (of rows that share a text), {data["passages"]:,} \
+passages to search. {dropped_in_words(data, card)}{mended_in_words(data)}
+
+NDCG@10 and MRR@10 of a query: 1 where the right passage is first, less the further down, 0 beyond ten; accuracy@k: \
+share of the queries whose passage is among the first k.
 
 {picture("scores")}
 {picture("ranks")}
@@ -79,8 +82,8 @@ def write_report(
 {gain_table(metric, gains)}
 
 The primary metric is named in params.yaml; the others are for orientation, since of many metrics one may differ by \
-luck. Each query has one right passage, so that accuracy@k is also recall@k. Intervals: bootstrap over the groups \
-(queries with one passage stand or fall together); p: paired randomization test over the groups. \
+luck. Each query has one right passage, so that accuracy@k is also recall@k. Intervals: bootstrap over the groups, \
+whose queries stand or fall together; p: paired randomization test over the groups. \
 {seeds_in_words(metric, gains)}
 
 {robustness_table(metric, gains)}
@@ -222,15 +225,15 @@ def quoted(text: str) -> str:
     return "`" + short.replace("`", "'") + "`"
 
 
-def dropped_in_words(data: dict[str, Any]) -> str:
+def dropped_in_words(data: dict[str, Any], card: Card) -> str:
     dropped = data["dropped_rows"]
     reasons = {
         "empty": "empty",
         "duplicate": "the same twice",
-        "word_overlap": "the query repeats words of its passage, which is easy for a keyword search",
+        "word_overlap": f"over {card.max_word_overlap:g} of the query's words are in its passage: easy to find",
     }
     words = [f"{dropped[reason]:,} ({text})" for reason, text in reasons.items() if dropped[reason]]
-    return f"Rows dropped: {', '.join(words)}. " if words else ""
+    return f"Rows dropped before the split: {', '.join(words)}. " if words else ""
 
 
 def mended_in_words(data: dict[str, Any]) -> str:
@@ -256,12 +259,12 @@ def training_in_words(params: Params) -> str:
 
 
 def chosen_in_words(training: dict[int, dict[str, float]]) -> str:
-    """What the validation rows chose; `training` is metrics/train/ by seed."""
+    """What is best on the validation rows; `training` is metrics/train/ by seed."""
     chosen = "; ".join(
         f"step {own['step']}, with {own['base_share']:g} of the base model's weights (seed {seed})"
         for seed, own in training.items()
     )
-    return f"The validation rows chose {chosen}."
+    return f"Best on validation rows, of what they scored: {chosen}."
 
 
 def table(rows: list[list[Any]], headers: list[str]) -> str:

@@ -25,7 +25,7 @@ def mismatches() -> list[str]:
 
 
 def changes(stages: dict[str, dict[str, Any]]) -> list[str]:
-    """Files and params that are not as the stages read or wrote them, by `dvc status`."""
+    """Files and params that are not as the stages read or wrote them, by `dvc status`; what stages write comes last."""
     stages_of: dict[str, list[str]] = {}
     for stage, changed in json.loads(dvc("status", "--json")).items():
         for change in changed:
@@ -34,17 +34,19 @@ def changes(stages: dict[str, dict[str, Any]]) -> list[str]:
                 continue
             for paths in change.values():
                 for path, state in paths.items():
-                    names = list(state) if isinstance(state, dict) else [path]  # of params, each by its own name
+                    if isinstance(state, dict):  # params, each by its own name
+                        names = [f"{path}: {param}" for param in state]
+                    else:
+                        names = [] if is_elsewhere(path, state, items(stages.get(stage, {}))) else [path]
                     for name in names:
-                        if not is_elsewhere(name, state, items(stages.get(stage, {}))):
-                            stages_of.setdefault(name, []).append(stage)
-    return [f"{name}: changed since {', '.join(stages)}" for name, stages in sorted(stages_of.items())]
+                        stages_of.setdefault(name, []).append(stage)
+    made = ("data/prepared", "data/rankings", "models/finetuned", "metrics/")
+    names = sorted(stages_of, key=lambda name: (name.startswith(made), name))
+    return [f"{name}: changed since {', '.join(stages_of[name])}" for name in names]
 
 
-def is_elsewhere(path: str, state: str | dict[str, Any], locked: dict[str, dict[str, Any]]) -> bool:
+def is_elsewhere(path: str, state: str, locked: dict[str, dict[str, Any]]) -> bool:
     """Whether it is data or a model that Git does not hold, so that a clone may be without it, or without a part."""
-    if isinstance(state, dict):  # of params, some of which are named as folders are
-        return False
     folder = ROOT / path
     # DVC leaves an empty folder where an experiment failed in a clone without data.
     is_empty = folder.is_dir() and not any(inside.is_file() for inside in folder.rglob("*"))
