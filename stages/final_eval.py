@@ -15,7 +15,7 @@ import numpy as np
 
 from shared import cards, environment, pictures, records, report, significance, sources
 from shared.errors import InputError, run
-from shared.groups import group_ids
+from shared.groups import alike_group_ids, group_ids
 from shared.params import Metric, read_params
 from shared.records import Ranking, Row, rounded
 from shared.scores import ranks_in_other_protocol, ranks_of, score
@@ -54,12 +54,16 @@ def main() -> None:
     ranks = {model: np.stack([ranks_of(one, test) for one in several]) for model, several in rankings.items()}
     groups = np.array(group_ids(test))
 
-    # 3. The gain; and again without queries that training nearly saw, and under the other protocol for duplicates.
+    # 3. The gain; and again without queries that training nearly saw, with queries that are alike as one group,
+    # and under the other protocol for duplicates.
     views = {"all": (ranks, groups)}
     unseen = np.array([row["id"] not in near_duplicates for row in test])
     own_groups = significance.groups_of_some(groups, unseen)
     if own_groups is not None:
         views["without_near_duplicates"] = ({model: own[:, unseen] for model, own in ranks.items()}, own_groups)
+    alike = np.array(alike_group_ids(test, params.prepare.near_duplicate_similarity))
+    if 0 < alike.max() < groups.max():
+        views["near_duplicates_together"] = (ranks, alike)
     if data["repeated_passages"]:
         merged, rows = params.prepare.merge_identical_passages, [row for split in splits.values() for row in split]
         other = {
@@ -75,7 +79,10 @@ def main() -> None:
 
     # 4. For people.
     changes = score(metric, ranks["finetuned"]) - score(metric, ranks["base"])
-    machine = environment.describe()
+    models = params.models.model_dump().values()
+    carried = [name.removeprefix("package:") for name in models if name.startswith("package:")]
+    carried += [card.package] if isinstance(card, cards.OboCard) else []
+    machine = environment.describe("scipy", "scikit-learn", "bm25s", "PyStemmer", *dict.fromkeys(carried))
     text = report.write_report(
         params,
         card,
@@ -145,9 +152,9 @@ def gain_over(model: str, views: dict[str, tuple[Ranks, np.ndarray]], metric: Me
         return {name: rounded(value) for name, value in comparison._asdict().items()}
 
     def means(view: str) -> dict[str, float]:
-        ranks, _ = views[view]
+        ranks, groups = views[view]
         before, after = (rounded(score(metric, ranks[name]).mean()) for name in (model, "finetuned"))
-        return {"queries": ranks[model].shape[1], "before": before, "after": after}
+        return {"queries": len(groups), "groups": int(groups.max()) + 1, "before": before, "after": after}
 
     ranks, _ = views["all"]
     return {

@@ -5,9 +5,10 @@ For CI, and no stage of dvc.yaml: there it would stop the pipeline before the me
 Reads   what `shared.status` reads: dvc.lock, metrics/, params.yaml, the code, requirements.txt; no data or models
 """
 
-from shared import records, report, status
+from shared import records, status
 from shared.errors import InputError, run
 from shared.params import read_params
+from shared.significance import FEW_GROUPS
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
     gain = gains["over_base"][metric]
     words = f"the gain over the base model is {gain['gain']:+.4f} {metric}, 95% from {gain['low']:+.4f}"
     groups = gains["test"]["groups"]
-    if groups < report.FEW_GROUPS:
+    if groups < FEW_GROUPS:
         raise InputError(f"{words}, but {groups} groups of test queries are too few for an interval to rely on")
     if gain["low"] <= minimum:
         raise InputError(f"{words}, and evaluate.minimum_gain asks for more than {minimum:+g}")

@@ -7,14 +7,14 @@ Writes  data/prepared/{train,validation,test,corpus,near_duplicates}.jsonl, metr
 import re
 import unicodedata
 from collections import Counter
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 import numpy as np
 
 from shared import cards, records
 from shared.errors import InputError, run
-from shared.groups import group_ids
+from shared.groups import group_ids, jaccard_similarities
 from shared.params import PrepareParams, nearest, read_params
 from shared.records import Row
 
@@ -30,7 +30,6 @@ UNUSUAL = {
     "formula_like": r"^[-=+@]",
     "longer_than_10000_characters": r"(?s)^.{10001}",
 }
-COMPARED_AT_ONCE = 256  # test rows; with 100,000 others a few hundred MB
 
 
 def main() -> None:
@@ -252,26 +251,17 @@ def overlaps(splits: dict[str, list[Row]]) -> dict[str, dict[str, int]]:
 def near_duplicates(test: list[Row], others: list[Row], similarity: float) -> list[dict[str, Any]]:
     """For each test row and column, the other row whose text is most alike, where it is `similarity` alike or more.
 
-    That is the Jaccard similarity, 0 to 1, of the texts' sets of three-letter sequences. Every pair is compared.
     Rows {"id", "column", "text", "similarity", "other_id", "other_text"}.
     """
-    from sklearn.feature_extraction.text import CountVectorizer  # two seconds of imports: after the checks of the rows
-
     found = []
     for column in ("anchor", "positive"):
-        counter = CountVectorizer(analyzer="char_wb", ngram_range=(3, 3), binary=True, dtype=np.float32)
-        sequences = counter.fit_transform([row[column] for row in test + others])
-        sizes = np.asarray(sequences.sum(axis=1)).ravel()
-        other_sequences, other_sizes = sequences[len(test) :], sizes[len(test) :]
-        for start in range(0, len(test), COMPARED_AT_ONCE):
-            rows = slice(start, min(start + COMPARED_AT_ONCE, len(test)))
-            shared = (sequences[rows] @ other_sequences.T).toarray()
-            alike = shared / (sizes[rows, None] + other_sizes - shared)
-            for row, best, value in zip(test[rows], alike.argmax(axis=1), alike.max(axis=1), strict=True):
-                if value >= similarity:
-                    other = {"other_id": others[best]["id"], "other_text": others[best][column]}
-                    text = {"id": row["id"], "column": column, "text": row[column]}
-                    found.append(text | {"similarity": round(float(value), 3)} | other)
+        blocks = jaccard_similarities([row[column] for row in test], [row[column] for row in others])
+        for row, alike in zip(test, chain.from_iterable(blocks), strict=True):
+            best = alike.argmax()
+            if alike[best] >= similarity:
+                other = {"other_id": others[best]["id"], "other_text": others[best][column]}
+                text = {"id": row["id"], "column": column, "text": row[column]}
+                found.append(text | {"similarity": round(float(alike[best]), 3)} | other)
     return found
 
 

@@ -164,7 +164,7 @@ A sentence-embedding model for retrieval: it finds the passage that answers a qu
 {report.score_table(shown, scores, intervals)}
 
 {gains["test"]["queries"]:,} test queries in {gains["test"]["groups"]:,} groups, {data["passages"]:,} passages to \
-search. Intervals: bootstrap over the groups. {seeds_in_words(params, seed)} {report.dropped_in_words(data)}
+search. Intervals: bootstrap over the groups. {seeds_in_words(params, seed)} {report.dropped_in_words(data, data_card)}
 
 ## How to use
 
@@ -265,13 +265,13 @@ def gains_of(table: RankTable, seed: int, metric: Metric) -> dict[str, Any]:
     before = {"base": score(metric, table.base[None]), "reference": score(metric, table.reference[None])}
     after = score(metric, table.finetuned[str(seed)][None])
     gains: dict[str, Any] = {"test": {"queries": len(table.groups), "groups": len(np.unique(table.groups))}}
+    groups = significance.groups_of_some(table.groups, table.unseen)
     for model, own in before.items():
         gains[f"over_{model}"] = {metric: significance.compare(after, own, table.groups)._asdict()}
+        if groups is not None:
+            unseen = significance.compare(after[:, table.unseen], own[:, table.unseen], groups)
+            gains[f"over_{model}"]["without_near_duplicates"] = unseen._asdict()
     gains["over_base"]["queries"] = significance.wins_and_losses(after, before["base"])
-    groups = significance.groups_of_some(table.groups, table.unseen)
-    if groups is not None:
-        few = significance.compare(after[:, table.unseen], before["base"][:, table.unseen], groups)
-        gains["over_base"]["without_near_duplicates"] = few._asdict()
     return gains
 
 

@@ -57,7 +57,7 @@ def main() -> None:
 
 {folded("More pictures", pictures(target, FOLDED))}
 
-{folded(f"All metrics that differ from `{target}`", dvc_diff("metrics", target) or "None.")}
+{folded(f"All metrics that differ from `{target}`", metrics_diff(target, metric))}
 
 {folded("The rest of the report", f"{report.HEADLINE_END}{without_pictures(rest)}")}
 
@@ -96,6 +96,14 @@ def dvc_diff(kind: str, target: str) -> str:
     return "\n".join(lines[:2] + rows) if rows else ""
 
 
+def metrics_diff(target: str, metric: Metric) -> str:
+    params = YAML(typ="safe", pure=True).load(git("show", f"{target}:params.yaml") or "") or {}
+    theirs = params.get("evaluate", {}).get("primary_metric")
+    same = theirs in (metric, None)
+    note = f"What gain.json names without a metric (as `validation`, `seeds`) is {metric} here and {theirs} there.\n\n"
+    return ("" if same else note) + (dvc_diff("metrics", target) or "None.")
+
+
 def verdict_against(target: str, metric: Metric) -> str:
     """Whether this branch's fine-tuned model is better than the target's: a paired comparison, query by query."""
     if not same_test(target):
@@ -123,6 +131,7 @@ def verdict_against(target: str, metric: Metric) -> str:
         text += f" Without near-duplicates of training or validation rows: {report.gain_and_p(few._asdict())[0]}."
     if same:
         text += f" Only the seeds differ: with seed {', '.join(sorted(in_both))} both rank every passage the same."
+    text += report.few_in_words(len(np.unique(groups)))
     if 1 in (len(after), len(before)):
         text += f" Seeds: `{target}` {len(before)}, this branch {len(after)}; of one, the luck is not in the interval."
     return text

@@ -21,6 +21,7 @@ import shutil
 import socket
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
@@ -114,7 +115,12 @@ def main() -> None:
     # 3. Training, from the last whole checkpoint of this same run if it was cut. The main process says from which.
     set_dropout(model, params.train.dropout)
     arguments = dataclasses.replace(
-        arguments, output_dir=str(scratch), metric_for_best_model=f"eval_{score_name}", prompts=prompts(model)
+        arguments,
+        output_dir=str(scratch),
+        metric_for_best_model=f"eval_{score_name}",
+        prompts=prompts(model),
+        # As retrieval does it: a model may have a module, or a longest text, for each.
+        router_mapping=arguments.router_mapping or {"anchor": "query", "positive": "document"},
     )
     is_cosine = model.similarity_fn_name == "cosine"
     trainer = SentenceTransformerTrainer(
@@ -128,7 +134,7 @@ def main() -> None:
             gradient_share=params.train.gradient_share,
             # The loss compares texts as retrieval will; scale and hardness are for cosines, which lie in -1 to 1.
             scale=params.train.scale if is_cosine else 1.0,
-            similarity_fct=model.similarity,
+            similarity_fct=similarity_of(model),
             hardness_mode="in_batch_negatives",
             hardness_strength=params.train.hardness if is_cosine else params.train.hardness / params.train.scale,
             gather_across_devices=processes > 1,
@@ -161,7 +167,7 @@ def main() -> None:
     )
     curves = records.CURVES / str(seed)
     records.write_csv(curves / "loss.csv", ["step", "loss"], loss)
-    records.write_csv(curves / "validation.csv", ["step", metric], scores)
+    records.write_csv(curves / "validation.csv", ["step", "score"], scores)
     chosen = {"validation": records.rounded(score), "step": state.best_global_step, "base_share": base_share}
     records.write_json(records.METRICS / f"train/{seed}.json", chosen)
     records.write_json(records.ENVIRONMENT / f"train@{seed}.json", environment.describe())
@@ -342,18 +348,33 @@ def autocast(arguments: "SentenceTransformerTrainingArguments", device: "torch.d
 
 
 def set_dropout(model: "SentenceTransformer", share: float | Literal["model"]) -> None:
-    """Of all Dropout layers, for training; the saved configuration stays as it is, and is what `model` takes."""
+    """Of all layers, for training; the saved configuration stays as it is, and is what `model` takes."""
     from torch.nn import Dropout
 
+    if share == "model":
+        return
     for layer in model.modules():
-        if share != "model" and isinstance(layer, Dropout):
+        if isinstance(layer, Dropout):
             layer.p = share
+        # T5's attention, for one, has no Dropout layer, but a number.
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(layer, name, None), float):
+                setattr(layer, name, share)
 
 
 def prompts(model: "SentenceTransformer") -> dict[str, str]:
     """The model's own prompts by column, so that it is trained as `encode_query` and `encode_document` will use it."""
     by_column = {"anchor": model.prompts.get("query"), "positive": model.prompts.get("document")}
     return {column: prompt for column, prompt in by_column.items() if prompt}
+
+
+def similarity_of(model: "SentenceTransformer") -> Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]:
+    """As retrieval compares embeddings: of a model with a truncate_dim, the first dimensions alone."""
+
+    def similarity(one: "torch.Tensor", other: "torch.Tensor") -> "torch.Tensor":
+        return model.similarity(one[:, : model.truncate_dim], other[:, : model.truncate_dim])
+
+    return similarity
 
 
 def watch(scratch: Path):

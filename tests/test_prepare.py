@@ -16,7 +16,7 @@ from prepare import (
 )
 from shared.cards import Columns, Part, Source
 from shared.errors import InputError
-from shared.groups import group_ids
+from shared.groups import alike_group_ids, group_ids
 from shared.params import read_params
 
 COLUMNS = Columns(anchor="q", positive="p", id="id")
@@ -51,6 +51,20 @@ def params():
 )
 def test_clean_text(raw, clean):
     assert clean_text(raw, "q", "row 1") == clean
+
+
+def test_groups_join_rows_that_are_alike_too():
+    rows = make_rows(
+        [
+            ("a small head", "Abnormally small size of the cranium."),
+            ("a large foot", "Abnormally large size of the pedal skeleton."),
+            ("tiny skull", "An abnormally small size of the cranium."),
+            ("tiny skulls", "No word in common."),
+        ]
+    )
+    assert group_ids(rows) == [0, 1, 2, 3]
+    assert alike_group_ids(rows, 0.7) == [0, 1, 0, 0]
+    assert alike_group_ids(rows, 1.0) == [0, 1, 2, 3]
 
 
 def test_groups_join_through_shared_passages_and_queries():
@@ -118,7 +132,7 @@ def test_near_duplicates_are_the_same_however_many_rows_are_compared_at_once(mon
     words = ["heart", "lung", "bone", "small", "large", "absent", "pain", "skin"]
     rows = make_rows([(" ".join(draw.choices(words, k=4)), " ".join(draw.choices(words, k=5))) for _ in range(90)])
     whole = near_duplicates(rows[:40], rows[40:], 0.5)
-    monkeypatch.setattr("prepare.COMPARED_AT_ONCE", 7)
+    monkeypatch.setattr("shared.groups.COMPARED_AT_ONCE", 7)
     assert near_duplicates(rows[:40], rows[40:], 0.5) == whole
     assert len(whole) > 20
 

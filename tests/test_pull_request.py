@@ -249,6 +249,22 @@ def test_the_gate(repo, minimum, passes):
     repo.run("git", "checkout", "--quiet", "params.yaml")
 
 
+def test_the_gate_recomputes_the_scores_and_wants_enough_groups(repo):
+    """Though dvc.lock and metrics/ agree, as after `dvc commit --force` of a file that was edited."""
+    for file, old, new, words in (
+        ("metrics/base.json", '"ndcg@10": 0.', '"ndcg@10": 0.9', "metrics/base.json: ndcg@10 is 0.9"),
+        ("metrics/gain.json", '"groups": 436', '"groups": 29', "29 groups of test queries are too few"),
+    ):
+        path = repo.folder / file
+        path.write_text(path.read_text().replace(old, new, 1))
+        repo.set(**{"evaluate.minimum_gain": -1})
+        repo.run("dvc", "commit", "--force")
+        result = repo.run("python", "stages/gate.py", check=False)
+        assert result.returncode == 1
+        assert words in result.stdout + result.stderr
+        repo.run("git", "checkout", "--quiet", ".")
+
+
 def test_the_workflow_posts_one_comment_and_updates_it(repo, clone, tmp_path):
     steps = yaml.safe_load((ROOT / ".github/workflows/pull-request.yml").read_text())["jobs"]["result"]["steps"]
     scripts = {step["name"]: step["run"] for step in steps if "name" in step}

@@ -64,3 +64,12 @@ def test_the_other_protocol_is_what_a_search_under_it_finds(static_model):
         shallow = found <= 20  # the hundred kept results hold fewer distinct passages
         assert shallow.sum() > 20
         assert np.array_equal(derived[shallow], found[shallow])
+
+
+def test_bm25_finds_the_passage_that_shares_the_rarer_words_first():
+    from shared.retrieval import make_evaluator, search_with_bm25
+
+    corpus = {"a": "the heart of a child", "b": "pains in the chest and the heart", "c": "a broken bone of the hand"}
+    row = {"id": "q", "anchor": "chest pain near the heart", "document_id": "b"}
+    (ranking,) = search_with_bm25(make_evaluator([row], corpus, 8, keep_rankings=True))
+    assert [result["corpus_id"] for result in ranking["results"]] == ["b", "a"]

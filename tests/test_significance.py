@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from shared import report, significance
 
@@ -60,6 +61,22 @@ def test_p_of_few_queries_is_exact():
     assert (comparison.gain, comparison.low, comparison.high) == pytest.approx((0.3, 0.3, 0.3))
 
 
+def test_p_is_of_groups():
+    comparison = significance.compare(np.full((1, 20), 0.7), np.full((1, 20), 0.4), np.repeat(np.arange(5), 4))
+    assert comparison.p_value == pytest.approx(2 / 32)
+
+
+@pytest.mark.usefixtures("fewer_resamples")
+def test_intervals_of_few_groups_are_expanded_as_the_t_distribution_asks():
+    """Without, of 12 groups, they would be as narrow as z and a variance over n make them: 0.85 times as wide."""
+    draw, widths = np.random.default_rng(7), []
+    for _ in range(50):
+        differences = draw.normal(0, 1, (1, 12))
+        low, high = significance.interval(differences, np.zeros((1, 12)), np.ones(12, dtype=int))
+        widths.append((high - low) / (2 * stats.t.ppf(0.975, 11) * differences.std(ddof=1) / np.sqrt(12)))
+    assert np.mean(widths) == pytest.approx(1, abs=0.06)
+
+
 def test_queries_of_one_passage_are_worth_less_than_as_many_of_their_own():
     draw = np.random.default_rng(3)
     by_passage = draw.normal(0.1, 0.3, 50)
@@ -99,12 +116,18 @@ def test_what_is_the_same_in_each_seed_is_a_tie():
 
 def test_some_of_the_queries_are_numbered_anew_by_group():
     groups = np.array([0, 1, 1, 2, 2])
-    some = significance.groups_of_some(groups, np.array([True, False, False, True, True]))
+    some = significance.several_groups(groups, np.array([True, False, False, True, True]))
     assert some.tolist() == [0, 1, 1]
-    assert significance.groups_of_some(groups, np.full(5, True)) is None  # nothing is left out
-    assert significance.groups_of_some(groups, groups == 1) is None  # one group alone cannot be drawn from
-    assert significance.groups_of_some(groups, np.full(5, False)) is None
+    assert significance.several_groups(groups, groups == 1) is None  # one group alone cannot be drawn from
+    assert significance.several_groups(groups, np.full(5, False)) is None
     assert significance.several_groups(groups, np.full(5, True)).tolist() == groups.tolist()
+
+
+def test_what_is_left_of_the_test_is_compared_where_it_is_something_else_and_not_too_little():
+    groups = np.arange(31)
+    assert significance.groups_of_some(groups, groups > 0).tolist() == list(range(30))
+    assert significance.groups_of_some(groups, groups > 1) is None
+    assert significance.groups_of_some(groups, groups >= 0) is None  # nothing is left out
 
 
 @pytest.mark.parametrize(

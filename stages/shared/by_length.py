@@ -117,11 +117,16 @@ def shape_for(
     model: SentenceTransformer, columns: list[dict[str, Any]], chunk_tokens: int, multiple: int | None
 ) -> tuple[int, int | None]:
     """This shape of chunks, but padded where this batch or model does not take texts end to end."""
-    if multiple is None and (
-        goes_forward_twice(model) or not all(features["attention_mask"].any(dim=1).all() for features in columns)
-    ):
+    if multiple is None and (goes_forward_twice(model) or any(map(partial(has_odd_text, model), columns))):
         return CHUNK_TOKENS, 1
     return chunk_tokens, multiple
+
+
+def has_odd_text(model: SentenceTransformer, features: dict[str, Any]) -> bool:
+    """One without tokens; or, in RoBERTa and MPNet, with a padding token of its own, which positions do not count."""
+    attended = features["attention_mask"].bool()
+    padding = getattr(model.transformers_model.base_model.embeddings, "padding_idx", -1)
+    return not attended.any(dim=1).all() or bool((attended & (features["input_ids"] == padding)).any())
 
 
 def in_chunks(

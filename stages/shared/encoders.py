@@ -23,22 +23,47 @@ def load_encoder(folder: Path, name: str) -> SentenceTransformer:
     keep_freed_memory()
     # cuDNN's attention prepares itself anew for each length of texts: 7 to 15 ms a layer on an H100.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        # transformers would take the precision that the file has, and half precision moves scores.
-        model = SentenceTransformer(
-            str(folder),
-            trust_remote_code=False,
-            local_files_only=True,
-            model_kwargs={"use_safetensors": True, "dtype": torch.float32},
-        )
-    except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise InputError(f"{name} needs code of its own to load, which is never run; take another model") from error
-        raise InputError(f"{name} is no model that sentence-transformers loads: {first_line(error)}") from error
+    model, draws = loaded(folder, name, seed=0)
+    if draws:
+        # What the files lack is drawn, and the library goes on. Only a pooler may be, which no embedding passes.
+        drawn = differing(model, loaded(folder, name, seed=1)[0])
+        if lacks := [weights for weights in drawn if "pooler" not in weights]:
+            raise InputError(
+                f"{name} lacks {lacks[0]} (and {len(lacks) - 1} more weights), which would be random numbers:"
+                " its files are not whole, or need code of their own, which is never run; take another model"
+            )
     if not all(weights.isfinite().all() for weights in model.parameters()):
         raise InputError(f"{name} is damaged: it has weights that are no finite numbers")
     name_document_prompt(model)
     return model
+
+
+def loaded(folder: Path, name: str, seed: int) -> tuple[SentenceTransformer, bool]:
+    """The encoder, and whether random numbers were drawn for it, which come from the seed. Raises InputError."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        try:
+            # transformers would take the precision that the file has, and half precision moves scores.
+            model = SentenceTransformer(
+                str(folder),
+                trust_remote_code=False,
+                local_files_only=True,
+                model_kwargs={"use_safetensors": True, "dtype": torch.float32},
+            )
+        except Exception as error:
+            if "trust_remote_code" in str(error):
+                raise InputError(
+                    f"{name} needs code of its own to load, which is never run; take another model"
+                ) from error
+            raise InputError(f"{name} is no model that sentence-transformers loads: {first_line(error)}") from error
+        draws = not torch.equal(before, torch.get_rng_state())
+    return model.float(), draws  # static word vectors come in the file's precision all the same
+
+
+def differing(one: SentenceTransformer, other: SentenceTransformer) -> list[str]:
+    weights = dict(other.named_parameters())
+    return [name for name, own in one.named_parameters() if not torch.equal(own, weights[name])]
 
 
 def name_document_prompt(model: SentenceTransformer) -> None:

@@ -6,15 +6,15 @@ import platform
 PACKAGES = ("torch", "transformers", "sentence-transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
 
-def describe() -> dict[str, str | int]:
-    """Versions, and what else moves a score in its last digits: the device and the processor's instructions."""
+def describe(*packages: str) -> dict[str, str | int]:
+    """Versions, of these packages too, and what else moves a score in its last digits: device and processor."""
     import torch
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     instructions = torch.backends.cpu.get_cpu_capability() + (" BF16" if processor_has_bf16() else "")
     return {
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **{name: importlib.metadata.version(name) for name in (*PACKAGES, *packages)},
         "device": torch.cuda.get_device_name() if device and device.type == "cuda" else str(device or "cpu"),
         "processor": f"{platform.machine()} {instructions}",
         "threads": torch.get_num_threads(),

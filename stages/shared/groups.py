@@ -3,11 +3,15 @@
 A group is never divided between splits, and it is the unit of the statistics: its rows succeed or fail together.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from shared.records import Row
+
+COMPARED_AT_ONCE = 256  # texts; with 100,000 others a few hundred MB
 
 
 def group_ids(rows: list[Row]) -> list[int]:
@@ -21,3 +25,33 @@ def group_ids(rows: list[Row]) -> list[int]:
     graph = coo_array((np.ones(len(rows)), (queries, passages)), shape=(len(nodes), len(nodes)))
     _, labels = connected_components(graph, directed=False)
     return labels[queries].tolist()
+
+
+def alike_group_ids(rows: list[Row], similarity: float) -> list[int]:
+    """As `group_ids`, where rows whose queries or passages are `similarity` alike or more belong together, too."""
+    labels = np.array(group_ids(rows))
+    for column in ("anchor", "positive"):
+        texts, first = [row[column] for row in rows], 0
+        for alike in jaccard_similarities(texts, texts):
+            ones, others = np.nonzero(alike >= similarity)
+            joined = coo_array((np.ones(len(ones)), (labels[first + ones], labels[others])), shape=(len(rows),) * 2)
+            labels = connected_components(joined, directed=False)[1][labels]
+            first += len(alike)
+    return np.unique(labels, return_inverse=True)[1].tolist()
+
+
+def jaccard_similarities(texts: list[str], others: list[str]) -> Iterator[np.ndarray]:
+    """How alike the texts are to the others, 0 to 1, some rows of shape (texts, others) at a time.
+
+    That is the Jaccard similarity of the texts' sets of three-letter sequences. Every pair is compared.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer  # two seconds of imports that not all need pay
+
+    counter = CountVectorizer(analyzer="char_wb", ngram_range=(3, 3), binary=True, dtype=np.float32)
+    sequences = counter.fit_transform(texts + others)
+    sizes = np.asarray(sequences.sum(axis=1)).ravel()
+    other_sequences, other_sizes = sequences[len(texts) :], sizes[len(texts) :]
+    for start in range(0, len(texts), COMPARED_AT_ONCE):
+        rows = slice(start, min(start + COMPARED_AT_ONCE, len(texts)))
+        shared = (sequences[rows] @ other_sequences.T).toarray()
+        yield shared / (sizes[rows, None] + other_sizes - shared)

@@ -72,7 +72,7 @@ def training(curves: Path, chosen: dict[int, dict[str, float]], before: float, m
     of training).
     """
     figure, (left, right) = canvas(columns=2)
-    for axes, name, column in ((left, "loss", "loss"), (right, "validation", metric)):
+    for axes, name, column in ((left, "loss", "loss"), (right, "validation", "score")):
         for seed, model in chosen.items():
             with (curves / str(seed) / f"{name}.csv").open(encoding="utf-8") as lines:
                 rows = list(csv.DictReader(lines))

@@ -7,10 +7,9 @@ from tabulate import tabulate
 
 from shared.cards import Card
 from shared.params import Metric, Params
-from shared.significance import Comparison
+from shared.significance import FEW_GROUPS, Comparison
 
 LONGEST_TEXT = 240  # characters of a passage in an example
-FEW_GROUPS = 30  # below, the interval is too narrow: of 12 groups it held the truth 92 times in 100, not 95
 ALPHA = 0.05  # significance level: below this p a difference is called one, where the 95% interval agrees
 MODELS = {"base": "base", "reference": "reference", "finetuned": "fine-tuned"}
 HEADLINE_END = "## How sure"  # what stands before it is also the head of the pull request's comment
@@ -116,16 +115,21 @@ training, see metrics/environment/.
 def headline(params: Params, data: dict[str, Any], gains: dict[str, Any]) -> str:
     metric, counts = params.evaluate.primary_metric, gains["over_base"]["queries"]
     queries, groups = gains["test"]["queries"], gains["test"]["groups"]
-    few = f" **Only {groups} groups of queries: the intervals are too narrow.**" if groups < FEW_GROUPS else ""
     over_base, over_reference = (Comparison(**gains[f"over_{role}"][metric]) for role in ("base", "reference"))
     reference = f"the reference ({params.models.reference})"
+    unseen = gains["over_reference"].get("without_near_duplicates")
     seeds = len(params.train.seeds)
     return (
         f"**{verdict(over_base, metric, 'The fine-tuned model', 'the base model', queries)}."
-        f" {near_duplicates_in_words(gains, data)}** {verdict(over_reference, metric, 'It', reference, queries)}."
+        f" {near_duplicates_in_words(gains, data)}** {verdict(over_reference, metric, 'It', reference, queries)}"
+        f"{'; without them ' + gain_and_p(unseen)[0] if unseen else ''}."
         f" Against the base model, {counts['wins']:,} queries gain, {counts['ties']:,} stay the same and"
-        f" {counts['losses']:,} lose{f' (mean of {seeds} seeds)' if seeds > 1 else ''}.{few}"
+        f" {counts['losses']:,} lose{f' (mean of {seeds} seeds)' if seeds > 1 else ''}.{few_in_words(groups)}"
     )
+
+
+def few_in_words(groups: int) -> str:
+    return f" **Only {groups} groups of queries: the intervals are too narrow.**" if groups < FEW_GROUPS else ""
 
 
 def near_duplicates_in_words(gains: dict[str, Any], data: dict[str, Any]) -> str:
@@ -165,16 +169,19 @@ def robustness_table(metric: Metric, gains: dict[str, Any]) -> str:
     """Does the gain stand without queries that training nearly saw, and under the other protocol for duplicates?"""
     names = {
         "without_near_duplicates": "without the near-duplicates of training and validation rows",
+        "near_duplicates_together": "test rows that are near-duplicates of each other count as one group",
         "one_document_a_row": "one document a row: another row's identical passage is a miss",
         "identical_passages_merged": "identical passages are one document",
     }
-    over_base = gains["over_base"]
-    rows = [
-        [names[name], f"{one['queries']:,}", f"{one['before']:.4f}", f"{one['after']:.4f}", gain_and_p(one)[0]]
-        for name, one in over_base.items()
-        if name in names
-    ]
-    return table(rows, [f"{title(metric)} if …", "queries", "base", "fine-tuned", "gain (95%)"]) if rows else ""
+    over_base, over_reference = gains["over_base"], gains["over_reference"]
+    rows = []
+    for name in [name for name in names if name in over_base]:
+        base, reference = over_base[name], over_reference[name]
+        counts = [f"{base[count]:,}" for count in ("queries", "groups")]
+        scores = [f"{score:.4f}" for score in (base["before"], reference["before"], base["after"])]
+        rows.append([names[name], *counts, *scores, gain_and_p(base)[0], gain_and_p(reference)[0]])
+    headers = ["queries", "groups", "base", "reference", "fine-tuned", "over base (95%)", "over reference (95%)"]
+    return table(rows, [f"{title(metric)} if …", *headers]) if rows else ""
 
 
 def seeds_in_words(metric: Metric, gains: dict[str, Any]) -> str:

@@ -5,14 +5,14 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from shared.errors import InputError, causes
 from shared.params import ROOT
 
 WATCHED_MODELS = ROOT / "models/local"  # its folders base and reference are dependencies in dvc.yaml
 # A repository on the Hub holds the same weights in many formats. Only safetensors is loaded: pickles run code.
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.codes", "*.jinja"]
 HUB_EXCLUDED = ["onnx/*", "openvino/*"]
 # Where a link leads that DVC itself made, with a cache outside the repo.
 DVC_CACHE = re.compile("/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")
@@ -74,11 +74,28 @@ def check_model(folder: Path, name: str) -> None:
     """Raises InputError where the folder cannot be a model; reads no weights. `name` is for errors."""
     if not any((folder / file).is_file() for file in ("modules.json", "config.json")):
         raise InputError(f"{name} is no model: {folder} holds neither modules.json nor config.json")
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"{name} is an adapter; merge it into its model first (`merge_and_unload` of peft)")
+    kind = setting(folder / "config_sentence_transformers.json", "model_type") or "SentenceTransformer"
+    if not (folder / "modules.json").is_file() and "ForSequenceClassification" in str(
+        setting(folder / "config.json", "architectures")
+    ):
+        kind = "CrossEncoder"
+    if kind != "SentenceTransformer":
+        raise InputError(f"{name} is a {kind}; what is needed is a SentenceTransformer, which makes a text one vector")
     pickled = [path for path in folder.rglob("pytorch_model.bin") if not any(path.parent.glob("*.safetensors"))]
     if pickled or not any(folder.rglob("*.safetensors")):
         raise InputError(f"{name} has weights that are not safetensors in {folder}; others may run code: convert them")
     if needs_code(folder):
         raise InputError(f"{name} needs code of its own to load, which is never run; take another model")
+
+
+def setting(file: Path, name: str) -> Any:
+    """What the JSON file says; None where it does not, or cannot be read, of which loading tells."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get(name)
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def needs_code(folder: Path) -> bool:
