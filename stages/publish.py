@@ -164,7 +164,7 @@ A sentence-embedding model for retrieval: it finds the passage that answers a qu
 {report.score_table(shown, scores, intervals)}
 
 {gains["test"]["queries"]:,} test queries in {gains["test"]["groups"]:,} groups, {data["passages"]:,} passages to \
-search. Intervals: bootstrap over the groups. {seeds_in_words(params, seed)} {report.dropped_in_words(data, data_card)}
+search. Intervals: bootstrap over the groups. {seeds_in_words(params, seed)}{report.dropped_in_words(data, data_card)}
 
 ## How to use
 

@@ -41,7 +41,7 @@ def main() -> None:
     text = f"""{MARK}
 ## This branch against `{target}`
 
-{staleness() or verdict_against(target, metric)}
+{staleness()}{verdict_against(target, metric)}
 
 {dvc_diff("params", target) or f"No param differs from `{target}`."}
 
@@ -69,8 +69,8 @@ def main() -> None:
 def staleness() -> str:
     found = status.mismatches()
     few = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
-    what = "**What follows is not of this state of the branch**, but of its last run"
-    return f"{what} (`dvc repro`): {few}." if few else ""
+    what = "**What follows is not of this state of the branch, but of its last run**"
+    return f"{what} (`dvc repro`): {few}.\n\n" if few else ""
 
 
 def written(name: str) -> str:

@@ -115,7 +115,7 @@ def test_as_many_processes_as_params_yaml_says(repo):
 def test_several_processes_with_too_few_pairs_for_a_batch_say_so(repo):
     repo.set(**{"train.processes": 2, "train.batch_size": 4096})
     wrong = repo.run("python", "stages/train.py", "42", check=False)
-    assert wrong.stderr.count("train.batch_size is 4096, which") == 1
+    assert wrong.stderr.count("train.batch_size is 4096, and") == 1
     assert "Traceback" not in wrong.stderr
 
 

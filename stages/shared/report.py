@@ -68,7 +68,7 @@ def write_report(
 {score_table(params, scores, intervals)}
 
 {queries:,} test queries in {gains["test"]["groups"]:,} groups (of rows that share a text), {data["passages"]:,} \
-passages to search. {dropped_in_words(data, card)}{mended_in_words(data)}
+passages to search.{dropped_in_words(data, card)}{mended_in_words(data)}
 
 NDCG@10 and MRR@10 of a query: 1 where the right passage is first, less the further down, 0 beyond ten; accuracy@k: \
 share of the queries whose passage is among the first k.
@@ -240,13 +240,13 @@ def dropped_in_words(data: dict[str, Any], card: Card) -> str:
         "word_overlap": f"over {card.max_word_overlap:g} of the query's words are in its passage: easy to find",
     }
     words = [f"{dropped[reason]:,} ({text})" for reason, text in reasons.items() if dropped[reason]]
-    return f"Rows dropped before the split: {', '.join(words)}. " if words else ""
+    return f" Rows dropped before the split: {', '.join(words)}." if words else ""
 
 
 def mended_in_words(data: dict[str, Any]) -> str:
     rows, kinds = data["unusual_rows"], ("control_characters", "lone_surrogates", "direction_marks")
     words = [f"{rows[kind]:,} ({kind.replace('_', ' ')})" for kind in kinds if rows[kind]]
-    return f"Rows mended: {', '.join(words)}." if words else ""
+    return f" Rows mended: {', '.join(words)}." if words else ""
 
 
 def training_in_words(params: Params) -> str:
