@@ -2,6 +2,8 @@
 PYTHON ?= python3
 TARGET ?= main
 BIN := .venv/bin
+# With the default shell, a Mac's make would look for commands in the PATH that it was started with, not in this one.
+SHELL := bash
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 SEEDS ?= 42 43 44

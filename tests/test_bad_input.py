@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from shared.errors import InputError
+from shared.errors import InputError, run
 from shared.params import read_params
 from train import check_batches, training_arguments
 
@@ -362,6 +362,21 @@ def test_a_training_argument_that_is_off_is_not_on(tmp_path):
     params = read_params().train.model_copy(update={"arguments": {"full_determinism": "off", "weight_decay": "0.1"}})
     arguments = training_arguments(params, 42, tmp_path)
     assert (arguments.full_determinism, arguments.weight_decay) == (False, 0.1)
+
+
+def test_no_terminal_obeys_what_an_error_quotes(repo):
+    own_card(repo, "questions\x1b]0;owned\x07\x1b[2J,answer\nq,a\n", "mine.csv")
+    message = error_of(repo, "python", "stages/prepare.py")
+    assert "did you mean questions\ufffd]0;owned" in message
+    assert not re.search("[\x00-\x08\x0e-\x1f]", message)
+
+
+def test_too_little_shared_memory_is_no_full_disk():
+    def main() -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    with pytest.raises(SystemExit, match=r"/dev/shm is too small .* in Docker, `--shm-size=8g`"):
+        run(main)
 
 
 def test_fewer_passages_than_a_batch_has_pairs(repo, static_model):

@@ -80,6 +80,32 @@ def test_the_published_experiment(repo, hub):
     repo.run("python", "stages/baseline_eval.py", "base", HF_HUB_OFFLINE="1")
 
 
+@pytest.mark.parametrize("env", [on("http://127.0.0.1:9"), {"HF_HUB_OFFLINE": "1"}], ids=["no network", "offline"])
+def test_no_other_revision_of_the_data_stands_in_for_a_pinned_one(repo, hub, env):
+    card = repo.folder / "data/cards/bioasq.yaml"
+    before = card.read_text()
+    repo.set(**{"prepare.card": "bioasq"})
+    repo.run("python", "stages/prepare.py", **on(hub.url))
+    card.write_text(before.replace("revision: main", f"revision: {DATA_COMMIT}"))
+    repo.run("python", "stages/prepare.py", **env)  # it is in the cache
+    card.write_text(before.replace("revision: main", f"revision: {'a' * 40}"))
+    message = stage_error(repo, {"prepare.card": "bioasq"}, env)
+    card.write_text(before)
+    assert f"the cache holds another revision than {'a' * 40}" in message
+
+
+def test_a_part_of_a_model_in_the_cache_is_not_taken_for_the_whole(make_repo, hub, small_bert):
+    folder = small_bert.parent / "transformer"
+    hub.repositories["models", "someone/plain"] = Repository("models", "someone/plain", "c" * 40, folder)
+    params = {"models.base": f"someone/plain@{'c' * 40}"}
+    repo = make_repo(**params)
+    get = "from huggingface_hub import hf_hub_download as get; get('someone/plain', '{}', revision='c' * 40)"
+    for name in ("config.json", "model.safetensors"):
+        repo.run("python", "-c", get.format(name), **on(hub.url))
+    message = stage_error(repo, params, {"HF_HUB_OFFLINE": "1"})
+    assert "the cache may hold a part of it only; run once with the Hub in reach" in message
+
+
 @pytest.mark.parametrize(
     ("params", "words"),
     [

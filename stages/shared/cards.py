@@ -140,6 +140,12 @@ def load_hub(card: HubCard) -> Source:
             data = load_dataset(card.dataset, card.config, split=name, revision=revision)
         except Exception as error:
             raise hub_error(error, "data set", f"{card.dataset}@{card.revision}") from error
+        # Where the Hub is out of reach, the library takes the newest revision in its cache for any.
+        if any(Path(file["filename"]).parent.name != revision for file in data.cache_files):
+            raise InputError(
+                f"data set {card.dataset}: the Hub cannot be reached, and the cache holds another revision than"
+                f" {revision}; run once with the Hub in reach"
+            )
         parts.append(Part(split, f"{card.dataset} ({name})", data.to_list()))
     return Source(parts, card.columns, revision)
 

@@ -21,7 +21,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        sys.exit(f"{stage}: {error}")
+        sys.exit(f"{stage}: {printable(str(error))}")
     except KeyboardInterrupt:
         print(
             f"\n{stage}: interrupted; the same command goes on from here",
@@ -29,11 +29,21 @@ def run(main: Callable[[], None]) -> None:
         )
         sys.exit(130)  # 128 + SIGINT, what a shell expects
     except Exception as error:
+        if any("shared memory" in str(link) for link in causes(error)):
+            sys.exit(
+                f"{stage}: /dev/shm is too small for the model that several GPUs share; in Docker, `--shm-size=8g`, or"
+                " CUDA_VISIBLE_DEVICES=0 for one GPU"
+            )
         if is_disk_full(error):
             sys.exit(f"{stage}: the disk is full; no file is half-written. Free some space, then `dvc repro`")
         if isinstance(error, PermissionError):
             sys.exit(f"{stage}: no permission to open {error.filename}; change its mode or owner, then `dvc repro`")
         raise
+
+
+def printable(text: str) -> str:
+    """Without control characters, which a terminal would obey: some of what an error quotes is of other people."""
+    return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
 
 
 def is_disk_full(error: BaseException) -> bool:

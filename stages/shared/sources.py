@@ -123,13 +123,17 @@ def packaged_model(package: str) -> Path:
 
 
 def hub_model(name: str) -> Path:
-    from huggingface_hub import snapshot_download  # half a second that other sources need not pay
+    from huggingface_hub import get_cached_repo_tree, snapshot_download  # half a second that others need not pay
 
     repository, _, revision = name.partition("@")
     try:
-        return Path(
+        folder = Path(
             snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_EXCLUDED)
         )
+        if not (folder / "modules.json").is_file():
+            # Offline, what another program has cached of it may pass for the whole: the listing of all tells.
+            get_cached_repo_tree(repository, revision=revision)
+        return folder
     except Exception as error:
         raise hub_error(error, "model", name) from error
 
@@ -137,7 +141,9 @@ def hub_model(name: str) -> Path:
 def hub_error(error: Exception, kind: str, name: str) -> InputError:
     """What went wrong at the Hub, and what to do."""
     names = {type(link).__name__ for link in causes(error)}
-    if "GatedRepoError" in names:
+    if "CachedRepoTreeNotFoundError" in names:
+        return InputError(f"{kind} {name}: the cache may hold a part of it only; run once with the Hub in reach")
+    if "GatedRepoError" in names or any("is a gated dataset" in str(link) for link in causes(error)):
         return InputError(f"{kind} {name} is gated: accept its terms on its page, then log in with `hf auth login`")
     if "RevisionNotFoundError" in names:
         return InputError(f"{kind} {name}: there is no such revision; take a commit, tag or branch from its page")
