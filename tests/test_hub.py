@@ -104,6 +104,8 @@ def test_a_part_of_a_model_in_the_cache_is_not_taken_for_the_whole(make_repo, hu
         repo.run("python", "-c", get.format(name), **on(hub.url))
     message = stage_error(repo, params, {"HF_HUB_OFFLINE": "1"})
     assert "the cache may hold a part of it only; run once with the Hub in reach" in message
+    for env in (on(hub.url), {"HF_HUB_OFFLINE": "1"}):
+        repo.run("python", "stages/baseline_eval.py", "base", **env)
 
 
 @pytest.mark.parametrize(
