@@ -420,3 +420,15 @@ def test_dropout_is_set_for_all_layers_and_the_models_own_is_kept(small_bert):
     assert not torch.equal(embed(), embed())
     set_dropout(model, 0.0)
     assert torch.equal(embed(), embed())
+
+
+@pytest.mark.parametrize("kind", [*sorted(SWITCHABLE_MODELS), "mpnet"])
+def test_a_text_that_holds_the_padding_token_is_encoded_as_by_the_library(small_bert, kind, monkeypatch):
+    """RoBERTa's and MPNet's positions pass over it."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    model = random_model(small_bert, kind).to(torch.float64).eval()
+    padding = model.tokenizer.convert_ids_to_tokens(model.transformers_model.config.pad_token_id)
+    texts = [f"acute {padding} pain in the {padding} heart", "a broken bone of the upper hand"]
+    expected = model.encode(texts, convert_to_tensor=True)
+    with without_padding(model):
+        assert torch.allclose(model.encode(texts, convert_to_tensor=True), expected, rtol=0, atol=1e-12)
