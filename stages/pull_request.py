@@ -86,6 +86,15 @@ def json_at(target: str, name: str) -> dict[str, Any]:
     return json.loads(git("show", f"{target}:metrics/{name}.json") or "{}")
 
 
+def yaml_at(target: str, name: str) -> dict[str, Any]:
+    """The YAML file at the revision; empty where it has none."""
+    return from_yaml(git("show", f"{target}:{name}") or "")
+
+
+def from_yaml(text: str) -> dict[str, Any]:
+    return YAML(typ="safe", pure=True).load(text) or {}
+
+
 def dvc_diff(kind: str, target: str) -> str:
     """The table of `dvc metrics diff` or `dvc params diff`; empty where nothing differs. Raises InputError."""
     lines = status.dvc(kind, "diff", target, "--md").replace("workspace", "this branch", 1).splitlines()
@@ -97,8 +106,8 @@ def dvc_diff(kind: str, target: str) -> str:
 
 
 def metrics_diff(target: str, metric: Metric) -> str:
-    params = YAML(typ="safe", pure=True).load(git("show", f"{target}:params.yaml") or "") or {}
-    theirs = params.get("evaluate", {}).get("primary_metric")
+    """The table of `dvc metrics diff`, and a word on what in it is of two metrics."""
+    theirs = yaml_at(target, "params.yaml").get("evaluate", {}).get("primary_metric")
     same = theirs in (metric, None)
     note = f"What gain.json names without a metric (as `validation`, `seeds`) is {metric} here and {theirs} there.\n\n"
     return ("" if same else note) + (dvc_diff("metrics", target) or "None.")
@@ -140,9 +149,8 @@ def verdict_against(target: str, metric: Metric) -> str:
 def same_test(target: str) -> bool:
     """Whether both runs were of the same test queries and corpus, by their hashes in dvc.lock."""
     hashes = []
-    for lock in (written("dvc.lock"), git("show", f"{target}:dvc.lock") or ""):
-        stages = (YAML(typ="safe", pure=True).load(lock) or {}).get("stages", {})
-        deps = stages.get("baseline_eval@base", {}).get("deps", [])
+    for lock in (from_yaml(written("dvc.lock")), yaml_at(target, "dvc.lock")):
+        deps = lock.get("stages", {}).get("baseline_eval@base", {}).get("deps", [])
         hashes.append({dep["path"]: dep["md5"] for dep in deps if dep["path"] in TEST_FILES})
     return hashes[0] == hashes[1]
 
