@@ -7,8 +7,8 @@ Writes  benchmarks/{speed,gain}-<device>-<precision>.md, a section for each base
 
 speed: pairs a second after the first tenth of the steps (or the first step), peak memory; a process for each setting.
 gain: the published recipe by the library's trainer, its columns as published (the passage is taken as the query) and
-mended, and the default of params.yaml by stages/train.py. All are scored on the test rows as final_eval does it. Delete
-gain.jsonl to begin anew.
+mended, and params.yaml's by stages/train.py. All are scored on the test rows as final_eval does it.
+Delete gain.jsonl to begin anew.
 """
 
 import argparse
@@ -35,7 +35,8 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(ROOT / "stages"))
 from shared.errors import InputError
-from shared.params import read_params
+from shared.params import check_model_name, check_trainable, read_params
+from shared.report import recipe_in_words
 from shared.sources import model_folder
 
 RUNS = ROOT / "benchmarks/gain.jsonl"
@@ -55,6 +56,8 @@ STOCK = {
     "keep_memory": False,
     "cudnn_attention": True,
     "gradient_share": 1.0,
+    "learning_rate": 2e-5,
+    "own_loss": False,
 }
 OURS = {
     "batch_size": TRAIN.batch_size,
@@ -64,11 +67,14 @@ OURS = {
     "keep_memory": True,
     "cudnn_attention": False,
     "gradient_share": TRAIN.gradient_share,
+    "learning_rate": TRAIN.learning_rate,
+    "own_loss": True,
 }
 ALL = {"gradient_share": 1.0}
 KEPT = {"precision": TRAIN.precision, "keep_memory": True}
 LIBRARY = "sentence-transformers' trainer"
 BATCH = f"+ batch {TRAIN.batch_size}"
+REST = "no dropout, the default's loss and learning rate"
 SPEED = {
     f"{LIBRARY}, published recipe": STOCK,
     f"{LIBRARY}, + bf16, freed memory kept": STOCK | KEPT,
@@ -76,7 +82,7 @@ SPEED = {
     "+ bf16": STOCK | {"chunks": True, "precision": TRAIN.precision},
     "+ freed memory kept": STOCK | {"chunks": True} | KEPT,
     BATCH: STOCK | {"chunks": True, "batch_size": TRAIN.batch_size} | KEPT,
-    "+ no dropout": OURS | ALL,
+    f"+ {REST}": OURS | ALL,
     "+ backward for most of the gradient, at first: this repo's default": OURS,
     "the default without bf16": OURS | {"precision": "fp32"},
     f"{LIBRARY}, the default's params, freed memory kept": OURS | {"chunks": False},
@@ -86,7 +92,7 @@ SPEED_ON_A_GPU = {
     f"{LIBRARY}, published recipe": STOCK,
     f"{LIBRARY}, + bf16": STOCK | {"precision": TRAIN.precision},
     "+ chunks of like length": STOCK | {"chunks": True, "precision": TRAIN.precision},
-    f"{BATCH}, no dropout": OURS | ALL | {"cudnn_attention": True},
+    f"{BATCH}, {REST}": OURS | ALL | {"cudnn_attention": True},
     "+ attention not by cuDNN": OURS | ALL,
     "+ backward for most of the gradient, at first: this repo's default": OURS,
     "the default without bf16": OURS | {"precision": "fp32"},
@@ -106,11 +112,12 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(train_one(**arguments.one)))
         return
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several, the library would divide a batch among all
+    # Of several, the library would divide a batch among all.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # else what runs in a process of its own would go on
     with TemporaryDirectory() as folder:
         for base in arguments.bases:
-            model_folder(base, "base")  # raises InputError now, and not after hours
+            check_base(base)
         clones = []
         for base, card in product(arguments.bases, arguments.data):
             clones.append(Path(folder) / str(len(clones)))
@@ -130,6 +137,15 @@ def main() -> None:
                 print(section)
 
 
+def check_base(name: str) -> None:
+    """Raises InputError now, and not after hours."""
+    try:
+        check_trainable(check_model_name(name))
+    except ValueError as error:
+        raise InputError(f"--bases {name}: {error}") from None
+    model_folder(name, "base")
+
+
 def device_and_precision() -> tuple[str, str]:
     """Where training runs here, and in what."""
     import torch
@@ -141,24 +157,29 @@ def device_and_precision() -> tuple[str, str]:
 
 
 def describe(clone: Path, repeated: str) -> str:
-    """What was measured, and on what."""
+    """What was measured, and on what; params.yaml's training, which need not be the one that the repo came with."""
     from shared import environment
 
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=clone, text=True).strip()
     here = environment.describe()
     machine = ", ".join(f"{name} {here[name]}" for name in ("device", "processor", "threads", "torch"))
-    return f"<!-- Written by benchmarks/bench.py: commit {commit}, {repeated}, {machine}. -->"
+    default = f"Default: {recipe_in_words(TRAIN)}."
+    return f"<!-- Written by benchmarks/bench.py: commit {commit}, {repeated}, {machine}. {default} -->"
 
 
 def describe_data(clone: Path) -> str:
     """Name and size of the data, with the tokens that its texts have, and the base model."""
-    from transformers import AutoTokenizer
+    from shared import encoders
 
     rows = rows_of(clone, "train")
-    tokenizer = AutoTokenizer.from_pretrained(base_model(clone))
-    lengths = [sorted(map(len, tokenizer([row[column] for row in rows])["input_ids"])) for column in MENDED]
-    query, passage = (f"{np.mean(own):.0f} (99%: {own[int(0.99 * len(own))]})" for own in lengths)
-    return f"{heading(clone)} {len(rows):,} training pairs, tokens a query {query}, a passage {passage}"
+    model, _ = encoders.loaded(base_model(clone), base_name(clone), seed=0)
+    lengths = [sorted(encoders.token_counts(model, [row[column] for row in rows])) for column in MENDED]
+    tokens = [
+        f"tokens a {name} {np.mean(own):.0f} (99%: {own[int(0.99 * len(own))]})"
+        for name, own in zip(("query", "passage"), lengths, strict=True)
+        if own
+    ]
+    return f"{heading(clone)} {', '.join([f'{len(rows):,} training pairs', *tokens])}"
 
 
 def heading(clone: Path) -> str:
@@ -178,15 +199,22 @@ def base_name(clone: Path) -> str:
     return YAML(typ="safe").load(clone / "params.yaml")["models"]["base"]
 
 
-def base_model(clone: Path) -> str:
-    return str(model_folder(base_name(clone), "base"))
+def base_model(clone: Path) -> Path:
+    return model_folder(base_name(clone), "base")
 
 
 def speed(clone: Path, device: str, precision: str, rounds: int) -> str:
     """The table of pairs a second and peak memory, as ratios to the first row; of the rounds' speeds the median."""
+    rows = rows_of(clone, "train")
+    distinct = min(len({row[column] for row in rows}) for column in MENDED)
+    if distinct < TRAIN.batch_size:
+        raise InputError(
+            f"speed is measured in batches of {TRAIN.batch_size} different pairs, and the training rows have {distinct}"
+            " different queries or passages; `--tables gain` needs no more"
+        )
     settings, pairs = (SPEED, PAIRS) if device == "cpu" else (SPEED_ON_A_GPU, PAIRS_ON_A_GPU)
     settings = {name: setting for name, setting in settings.items() if precision != "fp32" or "bf16" not in name}
-    fixed = {"columns": MENDED, "pairs": pairs, "seed": 42, "learning_rate": 2e-5, "epochs": 1, "model": None}
+    fixed = {"columns": MENDED, "pairs": pairs, "seed": 42, "epochs": 1, "model": None}
     measured: list[dict[str, dict[str, float]]] = []
     # One round after the other, since a machine is not as fast at every minute.
     for count in range(1, rounds + 1):
@@ -267,7 +295,8 @@ def mean_seconds(runs: list[dict[str, Any]]) -> float:
 def trained(clone: Path, columns: list[str] | None, seed: int) -> dict[str, Any]:
     """The test queries' scores and the wall time: by the library's trainer with these columns, or else by this repo."""
     key = fingerprint(clone, columns, seed)
-    known = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+    lines = RUNS.read_text().splitlines() if RUNS.exists() else []
+    known = [json.loads(line) for line in lines if line.endswith("}")]  # a cut may leave half of the last one
     if found := [run for run in known if run["key"] == key]:
         return found[0]
     model = clone / (f"models/finetuned/{seed}" if columns is None else "models/published")
@@ -275,10 +304,10 @@ def trained(clone: Path, columns: list[str] | None, seed: int) -> dict[str, Any]
     if columns is None:
         subprocess.run([sys.executable, "stages/train.py", str(seed)], cwd=clone, check=True)
     else:
-        setting = STOCK | {"columns": columns, "pairs": None, "seed": seed, "learning_rate": 2e-5, "epochs": 1}
+        setting = STOCK | {"columns": columns, "pairs": None, "seed": seed, "epochs": 1}
         run_one(clone, **setting, model=str(model))
     seconds = time.time() - began
-    run = {"key": key, "seconds": seconds, "scores": query_scores(clone, str(model)).tolist()}
+    run = {"key": key, "seconds": seconds, "scores": query_scores(clone, model).tolist()}
     shutil.rmtree(model)
     with RUNS.open("a") as file:
         file.write(json.dumps(run) + "\n")
@@ -286,8 +315,9 @@ def trained(clone: Path, columns: list[str] | None, seed: int) -> dict[str, Any]
 
 
 def fingerprint(clone: Path, columns: list[str] | None, seed: int) -> str:
-    """Names all that a run depends on, but for what is in the base model: code, params, data, machine, versions."""
+    """Names all that a run depends on: code, params, data, base model, machine, versions."""
     from shared import environment
+    from train import hashes
 
     params = YAML(typ="safe").load(clone / "params.yaml")
     del params["train"]["seeds"]
@@ -295,7 +325,7 @@ def fingerprint(clone: Path, columns: list[str] | None, seed: int) -> str:
     parts = [
         subprocess.check_output(["git", "ls-tree", "HEAD", *measured], cwd=clone, text=True),
         [(clone / f"data/prepared/{split}.jsonl").read_text() for split in ("train", "validation", "corpus", "test")],
-        [params, environment.describe(), columns, seed],
+        [params, hashes(base_model(clone)), environment.describe(), columns, seed],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -304,7 +334,7 @@ def with_interval(comparison: Any) -> str:
     return f"{comparison.gain:+.4f} ({comparison.low:+.4f} to {comparison.high:+.4f})"
 
 
-def query_scores(clone: Path, model: str) -> np.ndarray:
+def query_scores(clone: Path, model: Path) -> np.ndarray:
     """NDCG@10 of each test query, shape (queries,)."""
     from shared import encoders, retrieval
     from shared.scores import ranks_of, score
@@ -312,7 +342,7 @@ def query_scores(clone: Path, model: str) -> np.ndarray:
     test = rows_of(clone, "test")
     corpus = {row["id"]: row["text"] for row in rows_of(clone, "corpus")}
     evaluator = retrieval.make_evaluator(test, corpus, 64, keep_rankings=True)
-    rankings = retrieval.search_with_encoder(evaluator, encoders.load_encoder(Path(model), model), [])
+    rankings = retrieval.search_with_encoder(evaluator, encoders.load_encoder(model, str(model)), [])
     return score("ndcg@10", ranks_of(rankings, test))
 
 
@@ -333,6 +363,7 @@ def train_one(
     gradient_share: float,
     batch_size: int,
     learning_rate: float,
+    own_loss: bool,
     epochs: float,
     pairs: int | None,
     seed: int,
@@ -344,22 +375,18 @@ def train_one(
     """
     import torch
     from datasets import Dataset
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.base.sampler import BatchSamplers
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from transformers import TrainerCallback
 
     from shared import by_length, encoders
     from shared.loss import ChunkedRankingLoss
-    from train import autocast, choose_precision, prompts, set_dropout
+    from train import ROUTES, autocast, choose_precision, loss_options, prompts, set_dropout
 
     if keep_memory:
         encoders.keep_freed_memory()
-    encoder = SentenceTransformer(base_model(Path(clone)), model_kwargs={"dtype": torch.float32})
+    encoder, _ = encoders.loaded(base_model(Path(clone)), base_name(Path(clone)), seed=0)
     encoders.name_document_prompt(encoder)
     torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
     set_dropout(encoder, dropout)
@@ -380,17 +407,20 @@ def train_one(
         save_strategy="no",
         seed=seed,
         prompts=prompts(encoder) or None,
+        router_mapping=ROUTES,
         disable_tqdm=False,
     )
+    options = loss_options(TRAIN, encoder) if own_loss else {}
     if chunks:
         loss = ChunkedRankingLoss(
             encoder,
             autocast(arguments, encoder.device),
             **by_length.chunk_shape(encoder, arguments.bf16),
             gradient_share=gradient_share,
+            **options,
         )
     else:
-        loss = MultipleNegativesRankingLoss(encoder)
+        loss = MultipleNegativesRankingLoss(encoder, **options)
     times: dict[int, float] = {}
 
     class Clock(TrainerCallback):
@@ -416,7 +446,7 @@ def train_one(
     memory = (
         torch.cuda.max_memory_allocated()
         if torch.cuda.is_available()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # KiB
     )
     return {"pairs_a_second": (last - first) * batch_size / (ended - begun), "memory": memory}
 

@@ -24,9 +24,12 @@ def prepare(clone: Path, card: str, changes: dict[str, object]) -> None:
     """Clone the last commit, change params by their dotted names, and run its stage `prepare` on this folder's data."""
     measured = ["stages", "params.yaml", "benchmarks/*.py"]
     if subprocess.check_output(["git", "status", "--porcelain", "--", *measured], cwd=ROOT):
-        sys.exit(f"{', '.join(measured)} are not those of the last commit, which is measured; commit them first")
+        sys.exit(
+            f"{', '.join(measured)} are not those of the last commit, which is measured: commit them, or bring"
+            " params.yaml back (`git checkout params.yaml`) if its default is meant"
+        )
     subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-    for own in ("data/cards", "data/raw", "models/local"):  # of which Git may not have all
+    for own in ("data/cards", "data/raw"):  # of which Git may not have all
         shutil.copytree(ROOT / own, clone / own, dirs_exist_ok=True)
     if card in ONTOLOGIES:
         write_definitions(clone, card)
@@ -42,8 +45,11 @@ def prepare(clone: Path, card: str, changes: dict[str, object]) -> None:
 
 def write_definitions(clone: Path, card: str) -> None:
     """Names of an ontology's terms → their definitions, as a data card and its file."""
-    import cellxgene_ontology_guide
-    import zstandard
+    try:
+        import cellxgene_ontology_guide
+        import zstandard
+    except ImportError as error:
+        sys.exit(f"the data {card} need {error.name}: `pip install --requirement benchmarks/requirements.txt`")
 
     ontology, rows, title, citation = ONTOLOGIES[card]
     folder = Path(cellxgene_ontology_guide.__file__).parent / "data"

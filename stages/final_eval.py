@@ -71,7 +71,8 @@ def main() -> None:
             for model, several in rankings.items()
         }
         views["one_document_a_row" if merged else "identical_passages_merged"] = (other, groups)
-    gains: dict[str, Any] = {"test": {"queries": len(test), "groups": int(groups.max()) + 1}}
+    sizes = {"groups": int(groups.max()) + 1, "effective_groups": significance.effective_groups(groups)}
+    gains: dict[str, Any] = {"test": {"queries": len(test)} | sizes}
     gains |= {f"over_{model}": gain_over(model, views, metric) for model in ("base", "reference")}
     validation_after = rounded(np.mean([own["validation"] for own in training.values()]))
     gains["validation"] = {"before": validation_before, "after": validation_after}

@@ -27,9 +27,9 @@ def main() -> None:
     gains = records.read_metrics("gain")
     gain = gains["over_base"][metric]
     words = f"the gain over the base model is {gain['gain']:+.4f} {metric}, 95% from {gain['low']:+.4f}"
-    groups = gains["test"]["groups"]
+    groups = gains["test"]["effective_groups"]
     if groups < FEW_GROUPS:
-        raise InputError(f"{words}, but {groups} groups of test queries are too few for an interval to rely on")
+        raise InputError(f"{words}, but test queries that weigh as few as {groups} groups are too few to rely on it")
     if gain["low"] <= minimum:
         raise InputError(f"{words}, and evaluate.minimum_gain asks for more than {minimum:+g}")
     print(f"{words}: more than evaluate.minimum_gain, {minimum:+g}")

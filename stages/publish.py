@@ -163,8 +163,8 @@ A sentence-embedding model for retrieval: it finds the passage that answers a qu
 
 {report.score_table(shown, scores, intervals)}
 
-{gains["test"]["queries"]:,} test queries in {gains["test"]["groups"]:,} groups, {data["passages"]:,} passages to \
-search. Intervals: bootstrap over the groups. {seeds_in_words(params, seed)}{report.dropped_in_words(data, data_card)}
+{report.groups_in_words(gains)}, {data["passages"]:,} passages to search. \
+Intervals: bootstrap over the groups. {seeds_in_words(params, seed)}{report.dropped_in_words(data, data_card)}
 
 ## How to use
 
@@ -185,7 +185,7 @@ Source: {plain(data_card.citation)} {link(data_card.url or "")}
 
 **Base model**: {shown.models.base}.
 
-**Training**: {plain(report.training_in_words(shown))} {report.chosen_in_words(chosen)}
+**Training**: {plain(report.training_in_words(shown.train))} {report.chosen_in_words(chosen)}
 
 **Licence** of these weights: {licence}. Data and base model have their own.
 
@@ -264,7 +264,8 @@ def gains_of(table: RankTable, seed: int, metric: Metric) -> dict[str, Any]:
     """What metrics/gain.json says, of this seed alone, as far as `report.headline` reads it."""
     before = {"base": score(metric, table.base[None]), "reference": score(metric, table.reference[None])}
     after = score(metric, table.finetuned[str(seed)][None])
-    gains: dict[str, Any] = {"test": {"queries": len(table.groups), "groups": len(np.unique(table.groups))}}
+    sizes = {"groups": len(np.unique(table.groups)), "effective_groups": significance.effective_groups(table.groups)}
+    gains: dict[str, Any] = {"test": {"queries": len(table.groups)} | sizes}
     groups = significance.groups_of_some(table.groups, table.unseen)
     for model, own in before.items():
         gains[f"over_{model}"] = {metric: significance.compare(after, own, table.groups)._asdict()}

@@ -140,7 +140,7 @@ def verdict_against(target: str, metric: Metric) -> str:
         text += f" Without near-duplicates of training or validation rows: {report.gain_and_p(few._asdict())[0]}."
     if same:
         text += f" Only the seeds differ: with seed {', '.join(sorted(in_both))} both rank every passage the same."
-    text += report.few_in_words(len(np.unique(groups)))
+    text += report.few_in_words(significance.effective_groups(groups))
     if 1 in (len(after), len(before)):
         text += f" Seeds: `{target}` {len(before)}, this branch {len(after)}; of one, the luck is not in the interval."
     return text

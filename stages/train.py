@@ -52,6 +52,8 @@ PLAIN_NAMES = {
     "save_steps": "checkpoints",
     "seed": "seeds",
 }
+# As retrieval does it: a model may have a module, or a longest text, for each.
+ROUTES = {"anchor": "query", "positive": "document"}
 SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 # Arguments on which the promises of this stage rest: one score an evaluation, and the same model after a cut.
 SET_BY_THE_PIPELINE = {
@@ -119,10 +121,8 @@ def main() -> None:
         output_dir=str(scratch),
         metric_for_best_model=f"eval_{score_name}",
         prompts=prompts(model),
-        # As retrieval does it: a model may have a module, or a longest text, for each.
-        router_mapping=arguments.router_mapping or {"anchor": "query", "positive": "document"},
+        router_mapping=arguments.router_mapping or ROUTES,
     )
-    is_cosine = model.similarity_fn_name == "cosine"
     trainer = SentenceTransformerTrainer(
         model=model,
         args=arguments,
@@ -132,13 +132,8 @@ def main() -> None:
             precision,
             **by_length.chunk_shape(model, arguments.bf16),
             gradient_share=params.train.gradient_share,
-            # The loss compares texts as retrieval will; scale and hardness are for cosines, which lie in -1 to 1.
-            scale=params.train.scale if is_cosine else 1.0,
-            similarity_fct=similarity_of(model),
-            hardness_mode="in_batch_negatives",
-            hardness_strength=params.train.hardness if is_cosine else params.train.hardness / params.train.scale,
             gather_across_devices=processes > 1,
-            **SYMMETRIC if params.train.symmetric else {},
+            **loss_options(params.train, model),
         ),
         evaluator=evaluator,
         callbacks=[watch(scratch)],
@@ -229,7 +224,6 @@ def fingerprint(params: Params, seed: int, base: Path) -> str:
 
     code = [Path(__file__), *sorted((ROOT / "stages/shared").glob("*.py"))]
     data = [records.PREPARED / f"{name}.jsonl" for name in ("train", "validation", "corpus")]
-    weights = sorted(path for path in base.rglob("*") if path.is_file())
     parts = {
         "seed": seed,
         "train": params.train.model_dump(exclude={"seeds"}),
@@ -237,7 +231,7 @@ def fingerprint(params: Params, seed: int, base: Path) -> str:
         "precision": choose_precision(params.train.precision),
         "environment": environment.describe(),
         "code and data": [(path.name, sha256(path)) for path in code + data],
-        "base": [(path.relative_to(base).as_posix(), sha256(path)) for path in weights],
+        "base": hashes(base),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -368,6 +362,21 @@ def prompts(model: "SentenceTransformer") -> dict[str, str]:
     return {column: prompt for column, prompt in by_column.items() if prompt}
 
 
+def loss_options(train: TrainParams, model: "SentenceTransformer") -> dict[str, Any]:
+    """Of MultipleNegativesRankingLoss, which compares texts as retrieval will.
+
+    Scale and hardness are for cosines, which lie in -1 to 1.
+    """
+    is_cosine = model.similarity_fn_name == "cosine"
+    return {
+        "scale": train.scale if is_cosine else 1.0,
+        "similarity_fct": similarity_of(model),
+        "hardness_mode": "in_batch_negatives",
+        "hardness_strength": train.hardness if is_cosine else train.hardness / train.scale,
+        **(SYMMETRIC if train.symmetric else {}),
+    }
+
+
 def similarity_of(model: "SentenceTransformer") -> Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]:
     """As retrieval compares embeddings: of a model with a truncate_dim, the first dimensions alone."""
 
@@ -413,9 +422,9 @@ def checkpoints(scratch: Path) -> list[Path]:
     return sorted(scratch.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
-def hashes(checkpoint: Path) -> dict[str, str]:
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
-    return {path.relative_to(checkpoint).as_posix(): sha256(path) for path in files}
+def hashes(model: Path) -> dict[str, str]:
+    files = sorted(path for path in model.rglob("*") if path.is_file() and path.name != SEAL)
+    return {path.relative_to(model).as_posix(): sha256(path) for path in files}
 
 
 def seal(checkpoint: Path) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
 
 from shared.errors import InputError
 from shared.sources import first_line
@@ -75,6 +77,15 @@ def name_document_prompt(model: SentenceTransformer) -> None:
     names = [name for name in ("document", "passage", "corpus") if model.prompts.get(name)]
     if names:
         model.prompts["document"] = model.prompts[names[0]]
+
+
+def token_counts(model: SentenceTransformer, texts: list[str]) -> list[int]:
+    """Tokens of each whole text, before the model cuts it to its `max_seq_length`; none if a model has no tokenizer."""
+    if isinstance(model.tokenizer, Tokenizer):  # static word vectors'
+        return [len(encoding.ids) for encoding in model.tokenizer.encode_batch(texts)]
+    if not isinstance(model.tokenizer, PreTrainedTokenizerBase):
+        return []
+    return [len(ids) for ids in model.tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
 
 
 def keep_freed_memory() -> None:

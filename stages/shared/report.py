@@ -6,7 +6,7 @@ import numpy as np
 from tabulate import tabulate
 
 from shared.cards import Card
-from shared.params import Metric, Params
+from shared.params import Metric, Params, TrainParams
 from shared.significance import FEW_GROUPS, Comparison
 
 LONGEST_TEXT = 240  # characters of a passage in an example
@@ -67,8 +67,7 @@ def write_report(
 
 {score_table(params, scores, intervals)}
 
-{queries:,} test queries in {gains["test"]["groups"]:,} groups (of rows that share a text), {data["passages"]:,} \
-passages to search.{dropped_in_words(data, card)}{mended_in_words(data)}
+{groups_in_words(gains)}, {data["passages"]:,} passages to search.{dropped_in_words(data, card)}{mended_in_words(data)}
 
 NDCG@10 and MRR@10 of a query: 1 where the right passage is first, less the further down, 0 beyond ten; accuracy@k: \
 share of the queries whose passage is among the first k.
@@ -103,7 +102,7 @@ whose queries stand or fall together; p: paired randomization test over the grou
 three-letter sequences have a Jaccard similarity of {params.prepare.near_duplicate_similarity:g} or more.
 Licence: {card.licence}. Source: {card.citation}.
 
-**Training** {training_in_words(params)} {chosen_in_words(training)}
+**Training** {training_in_words(params.train)} {chosen_in_words(training)}
 
 {picture("training")}
 
@@ -114,7 +113,7 @@ training, see metrics/environment/.
 
 def headline(params: Params, data: dict[str, Any], gains: dict[str, Any]) -> str:
     metric, counts = params.evaluate.primary_metric, gains["over_base"]["queries"]
-    queries, groups = gains["test"]["queries"], gains["test"]["groups"]
+    queries, groups = gains["test"]["queries"], gains["test"]["effective_groups"]
     over_base, over_reference = (Comparison(**gains[f"over_{role}"][metric]) for role in ("base", "reference"))
     reference = f"the reference ({params.models.reference})"
     unseen = gains["over_reference"].get("without_near_duplicates")
@@ -128,13 +127,22 @@ def headline(params: Params, data: dict[str, Any], gains: dict[str, Any]) -> str
     )
 
 
+def groups_in_words(gains: dict[str, Any]) -> str:
+    queries, groups, effective = (gains["test"][name] for name in ("queries", "groups", "effective_groups"))
+    weigh = f"; they weigh as much as {effective:,} of one size" if effective < groups else ""
+    return f"{queries:,} test queries in {groups:,} groups (of rows that share a text{weigh})"
+
+
 def few_in_words(groups: int) -> str:
-    return f" **Only {groups} groups of queries: the intervals are too narrow.**" if groups < FEW_GROUPS else ""
+    few = f" **The queries weigh as few as {groups} groups of one size: the intervals are too narrow.**"
+    return few if groups < FEW_GROUPS else ""
 
 
 def near_duplicates_in_words(gains: dict[str, Any], data: dict[str, Any]) -> str:
-    rows, view = data["near_duplicates"]["rows"], gains["over_base"].get("without_near_duplicates")
+    counts, view = data["near_duplicates"], gains["over_base"].get("without_near_duplicates")
+    rows, by = counts["rows"], f" ({counts['queries']:,} by their query, {counts['passages']:,} by their passage)"
     alike = f"{rows:,} of {data['rows']['test']:,} test rows are near-duplicates of training or validation rows"
+    alike += by if rows else ""
     if view:
         return f"{alike}; without them the gain is {gain_and_p(view)[0]}."
     return f"{alike}: too little is left without them, so that this test may measure memory." if rows else f"{alike}."
@@ -249,11 +257,14 @@ def mended_in_words(data: dict[str, Any]) -> str:
     return f" Rows mended: {', '.join(words)}." if words else ""
 
 
-def training_in_words(params: Params) -> str:
-    train = params.train
+def training_in_words(train: TrainParams) -> str:
+    seeds = ("seed " if len(train.seeds) == 1 else "seeds ") + ", ".join(map(str, train.seeds))
+    return f"{recipe_in_words(train)}, {seeds}."
+
+
+def recipe_in_words(train: TrainParams) -> str:
     arguments = "".join(f", {name} {value}" for name, value in train.arguments.items())
     processes = f" over {train.processes} processes" if train.processes > 1 else ""
-    seeds = ("seed " if len(train.seeds) == 1 else "seeds ") + ", ".join(map(str, train.seeds))
     hardness = f", hardness {train.hardness:g}" if train.hardness else ""
     loss = f"{'symmetric ' if train.symmetric else ''}MultipleNegativesRankingLoss, scale {train.scale:g}{hardness}"
     share = f", backward for {train.gradient_share:.6g} of the gradient" if train.gradient_share < 1 else ""
@@ -261,7 +272,7 @@ def training_in_words(params: Params) -> str:
     steps = f"warm-up {train.warmup:g}, dropout {dropout}, precision {train.precision}"
     return (
         f"{loss}, learning rate {train.learning_rate:g}, epochs {train.epochs:g}, batch"
-        f" {train.batch_size}{processes}{share}, {steps}, {seeds}{arguments}."
+        f" {train.batch_size}{processes}{share}, {steps}{arguments}"
     )
 
 

@@ -147,7 +147,12 @@ def other_scores() -> list[str]:
 def other_params() -> list[str]:
     """What the report says of the params, where params.yaml says otherwise: so it is after `dvc commit --force`."""
     params, text = read_params(), (records.METRICS / "report.md").read_text(encoding="utf-8")
-    said = [report.training_in_words(params), f"`{params.prepare.card}`", params.models.base, params.models.reference]
+    said = [
+        report.training_in_words(params.train),
+        f"`{params.prepare.card}`",
+        params.models.base,
+        params.models.reference,
+    ]
     return [f"metrics/report.md: does not say {words!r}, as params.yaml does" for words in said if words not in text]
 
 
