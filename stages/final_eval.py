@@ -47,6 +47,7 @@ def main() -> None:
     evaluator = retrieval.make_evaluator(test, corpus, params.evaluate.batch_size, keep_rankings=True)
     devices = encoders.devices()
     rankings["finetuned"] = [retrieval.search_with_encoder(evaluator, load_finetuned(seed), devices) for seed in seeds]
+    reading = what_it_reads(load_finetuned(seeds[0]), list(corpus.values()))
     by_seed = [retrieval.mean_scores(ranking, test) for ranking in rankings["finetuned"]]
     metrics["finetuned"] = mean_metrics(by_seed)
 
@@ -92,6 +93,7 @@ def main() -> None:
         {model: significance.score_interval(score(metric, own), groups) for model, own in ranks.items()},
         gains,
         training,
+        reading,
         {what: examples(what, changes[0], groups, test, corpus, rankings, ranks) for what in ("gained", "lost")},
         machine,
     )
@@ -138,6 +140,20 @@ def load_finetuned(seed: int) -> "SentenceTransformer":
     except InputError as error:
         remedy = f"`dvc checkout --force` brings the last one back, `dvc repro --force train@{seed}` trains it again"
         raise InputError(f"{error}\n{remedy}") from error
+
+
+def what_it_reads(model: "SentenceTransformer", passages: list[str]) -> dict[str, Any]:
+    """The prompts that stand before a query and a passage, and how many of the passages are cut to how many tokens."""
+    from shared import encoders
+
+    query, passage = (model.prompts.get(name) or "" for name in ("query", "document"))
+    tokens, limit = encoders.token_counts(model, [passage + text for text in passages]), model.max_seq_length
+    return {
+        "query": query,
+        "passage": passage,
+        "limit": limit,
+        "cut": sum(count > limit for count in tokens) if limit else 0,
+    }
 
 
 def mean_metrics(by_seed: list[dict[str, float]]) -> dict[str, float]:

@@ -58,6 +58,7 @@ def main() -> None:
         "revision": source.revision,
         "rows": {split: len(splits[split]) for split in SPLITS},
         "passages": len(corpus),
+        "largest_group": max(Counter(group_ids(rows)).values()),  # rows that hang together by texts that they share
         "mean_words": {column: mean_words(rows, column) for column in ("anchor", "positive")},
         "dropped_rows": {"empty": empty} | dropped,
         "unusual_rows": unusual,
@@ -125,7 +126,7 @@ def clean_rows(source: cards.Source, drop_empty: bool) -> tuple[list[dict[str, A
                     column = columns.positive if anchor else columns.anchor
                     raise InputError(
                         f"{place}: {column!r} is empty;"
-                        " mend the row, or drop all such rows with prepare.drop_empty_rows: true"
+                        " mend the row, or drop all such rows, passages too, with prepare.drop_empty_rows: true"
                     )
                 empty += 1
                 continue
@@ -215,7 +216,7 @@ def split_rows(rows: list[dict[str, Any]], params: PrepareParams) -> dict[str, l
     if len(set(group_ids(splits["test"]))) < 2:
         raise InputError(
             "the test split has one passage only, or rows that all hang together by passages and questions that they"
-            " share, which tells nothing of others; give more rows"
+            " share, which tells nothing of others; give more rows, another prepare.seed or splits of your own"
         )
     return splits
 
@@ -232,9 +233,13 @@ def assign_split(rows: list[dict[str, Any]], from_split: str | None, to_split: s
             space -= len(groups[group])
             for row in groups[group]:
                 row["split"] = to_split
-    largest = max(map(len, groups.values()), default=0)
-    if largest > round(fraction * len(candidates)):
-        print(f"note: {largest} rows that hang together by texts that they share are too many for the {to_split} split")
+    largest = max(groups.values(), key=len, default=[])
+    if len(largest) > round(fraction * len(candidates)):
+        text, count = Counter(row["positive"] for row in largest).most_common(1)[0]
+        print(
+            f"note: {len(largest)} rows that hang together by texts that they share ({text!r:.40} stands in {count})"
+            f" are too many for the {to_split} split, which has none; leave them out, or bring splits of your own"
+        )
 
 
 def overlaps(splits: dict[str, list[Row]]) -> dict[str, dict[str, int]]:

@@ -78,7 +78,7 @@ def main() -> None:
         raise InputError(f"params.yaml: train.seeds is {params.train.seeds}, which has no {seed}; add it there first")
     train, validation, corpus = records.read_split("train"), records.read_split("validation"), records.read_corpus()
     base = sources.model_folder(params.models.base, "base")
-    check_batches(train, params.train)
+    left_out = check_batches(train, params.train)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes == 1 < params.train.processes:
         sys.exit(launch(params.train.processes))
@@ -164,6 +164,7 @@ def main() -> None:
     records.write_csv(curves / "loss.csv", ["step", "loss"], loss)
     records.write_csv(curves / "validation.csv", ["step", "score"], scores)
     chosen = {"validation": records.rounded(score), "step": state.best_global_step, "base_share": base_share}
+    chosen["left_out_rows"] = left_out
     records.write_json(records.METRICS / f"train/{seed}.json", chosen)
     records.write_json(records.ENVIRONMENT / f"train@{seed}.json", environment.describe())
     for path in reversed(checkpoints(scratch)):  # the newest first, so that those left by a cut are a run's beginning
@@ -174,24 +175,30 @@ def main() -> None:
     )
 
 
-def check_batches(train: list[records.Row], params: TrainParams) -> None:
-    """A batch has each passage and query once, and an epoch as many batches as its pairs would fill.
+def check_batches(train: list[records.Row], params: TrainParams) -> int:
+    """How many pairs an epoch leaves out, since their texts repeat too often; says which.
 
-    Says so where pairs are left out of each epoch. Raises InputError where several processes, which leave incomplete
-    batches out, cannot fill theirs.
+    A batch has each passage and query once, and an epoch as many batches as its pairs would fill. Raises InputError
+    where several processes, which leave incomplete batches out, cannot fill theirs.
     """
     size, several = params.batch_size, params.processes > 1
     batches = len(train) // size if several else math.ceil(len(train) / size)
-    counts = [Counter(row[column] for row in train).values() for column in ("anchor", "positive")]
-    seen = min(sum(min(count, batches) for count in of_texts) for of_texts in counts)
+    counts = [Counter(row[column] for row in train) for column in ("anchor", "positive")]
+    seen = min(sum(min(count, batches) for count in of_texts.values()) for of_texts in counts)
     where = f"params.yaml: train.batch_size is {size}, and a batch has each passage and query once"
     if several and seen < max(batches, 1) * size:
         raise InputError(
             f"{where}: {len(train)} training pairs do not fill batches, and several processes leave incomplete ones"
             " out; take a smaller one"
         )
-    if not several and seen < len(train):
-        print(f"note: {where}: an epoch leaves out {len(train) - seen} of {len(train)} pairs; take a smaller one")
+    left_out = 0 if several else len(train) - seen
+    if left_out:
+        text, count = max((of_texts.most_common(1)[0] for of_texts in counts), key=lambda found: found[1])
+        print(
+            f"note: {where}: an epoch leaves out {left_out} of {len(train)} pairs ({text!r:.40} stands in {count});"
+            " take a smaller one, or fewer such pairs"
+        )
+    return left_out
 
 
 def launch(processes: int) -> int:

@@ -38,7 +38,7 @@ class Repo:
             env=self.environment(**env),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1200,
         )
         assert not check or result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
         return result

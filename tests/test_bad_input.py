@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 
 from shared.errors import InputError, run
 from shared.params import read_params
@@ -394,12 +395,18 @@ def test_an_answer_to_many_questions_leaves_some_out(capsys):
     """One in each of an epoch's eight batches; the other 292 pairs no batch can take."""
     rows = [{"anchor": f"question {i}", "positive": f"answer {max(i, 299)}"} for i in range(1_000)]
     params = read_params().train.model_copy(update={"batch_size": 128, "processes": 1})
-    check_batches(rows, params)
-    assert "an epoch leaves out 292 of 1000 pairs" in capsys.readouterr().out
+    assert check_batches(rows, params) == 292
+    assert "an epoch leaves out 292 of 1000 pairs ('answer 299' stands in 300)" in capsys.readouterr().out
     with pytest.raises(InputError, match="1000 training pairs do not fill batches"):
         check_batches(rows, params.model_copy(update={"processes": 2}))
-    check_batches(rows[299:], params)
+    assert check_batches(rows[299:], params) == 0
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fails", [lambda: torch.empty(10**15), lambda: bytearray(10**15)])
+def test_too_little_memory_is_told_with_the_remedy(fails):
+    with pytest.raises(SystemExit, match=r"out of memory; lower train\.batch_size"):
+        run(fails)
 
 
 def test_loss_that_is_not_a_number(repo, static_model, tmp_path):

@@ -13,8 +13,10 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Router, StaticEmbedding, Transformer
 from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5EncoderModel
 
+from final_eval import what_it_reads
 from shared.encoders import load_encoder
 from shared.errors import InputError
+from shared.report import reading_in_words
 from shared.sources import check_model, packaged_model
 from train import prompts, set_dropout, similarity_of
 
@@ -45,6 +47,24 @@ def test_a_models_own_prompts_are_used_in_training_and_scoring(name, static_mode
     for used in (model, SentenceTransformer(str(tmp_path / "saved"))):
         assert np.array_equal(used.encode_query(["heart"]), used.encode(["query: heart"]))
         assert np.array_equal(used.encode_document(["heart"]), used.encode(["passage: heart"]))
+
+
+def test_the_report_tells_prompts_and_cut_passages(small_bert, static_model, tmp_path):
+    folder = copy(small_bert, tmp_path)
+    change(folder / "config_sentence_transformers.json", prompts={"query": "query: ", "passage": "passage: "})
+    model = load_encoder(folder, "prompted")
+    model.max_seq_length = 10
+    passages = ["heart " * 6, "heart " * 7, "heart"]  # two more tokens for the prompt, two that begin and end a text
+    read = what_it_reads(model, passages)
+    assert read == {"query": "query: ", "passage": "passage: ", "limit": 10, "cut": 1}
+    assert model.preprocess(["passage: " + passages[0]])["attention_mask"].sum() == 10
+    prompts_and_cut = (
+        "Prompts: `query: ` before a query, `passage: ` before a passage."
+        " 1 of 3 passages are cut to the 10 tokens it reads."
+    )
+    assert reading_in_words(read, 3) == prompts_and_cut
+    of_word_vectors = what_it_reads(load_encoder(static_model, "static"), passages)
+    assert reading_in_words(of_word_vectors, 3) == "Prompts: none. No passage is cut."
 
 
 def test_weights_that_the_files_lack_are_not_made_up(small_bert, tmp_path):

@@ -111,6 +111,17 @@ def test_the_test_is_also_scored_without_near_duplicates_and_one_document_a_row(
     assert "without them {gain:+.3f} ({low:+.3f} to {high:+.3f}).".format(**over_reference) in report
 
 
+def test_the_report_tells_what_groups_and_repeated_texts_do(repo):
+    report, test = (repo.folder / "metrics/report.md").read_text(), read(repo, "gain.json")["test"]
+    sizes = [int(row["group"]) for row in csv.DictReader((repo.folder / "metrics/ranks.csv").open())]
+    assert test["groups"] == len(set(sizes))
+    assert 0.5 * test["groups"] < test["effective_groups"] < test["groups"]
+    assert f"as much as {test['effective_groups']} of one size" in report
+    assert f"group of rows that share texts has {read(repo, 'data.json')['largest_group']}." in report
+    assert read(repo, "train/42.json")["left_out_rows"] == 0
+    assert "Each epoch leaves out" not in report
+
+
 def test_the_report_shows_queries_with_what_was_found_first(repo):
     report = (repo.folder / "metrics/report.md").read_text()
     examples = re.findall(r"\d\. `(.+)`: (\d+|not in 100) → (\d+|not in 100)\n   - right: `(.+?)…?`", report)

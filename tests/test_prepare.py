@@ -148,7 +148,7 @@ def test_a_test_split_of_one_passage_is_refused(params):
 def test_a_group_too_large_for_the_test_split_is_named(params, capsys):
     splits = split_rows(make_rows([(f"q{i}", "yes" if i < 60 else f"p{i}") for i in range(100)]), params)
     assert not any(row["positive"] == "yes" for row in splits["test"])
-    note = "note: 60 rows that hang together by texts that they share are too many for the test split"
+    note = "note: 60 rows that hang together by texts that they share ('yes' stands in 60) are too many for the test"
     assert note in capsys.readouterr().out
 
 

@@ -128,6 +128,14 @@ def test_what_is_left_of_the_test_is_compared_where_it_is_something_else_and_not
     assert significance.groups_of_some(groups, groups > 0).tolist() == list(range(30))
     assert significance.groups_of_some(groups, groups > 1) is None
     assert significance.groups_of_some(groups, groups >= 0) is None  # nothing is left out
+    one_rules = np.append(groups, np.zeros(60, dtype=int))  # 31 groups, of which the first has 61 of 91 queries
+    assert significance.groups_of_some(one_rules, one_rules < 30) is None
+
+
+def test_groups_weigh_by_their_sizes():
+    assert significance.effective_groups(np.arange(31)) == 31
+    assert significance.effective_groups(np.repeat(np.arange(31), 4)) == 31
+    assert significance.effective_groups(np.append(np.arange(1, 31), np.zeros(30, dtype=int))) == 4  # 60² / 930
 
 
 @pytest.mark.parametrize(

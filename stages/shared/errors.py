@@ -10,6 +10,9 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # safetensors (Rust) and torch.save (C++) report a full disk in words only, without an errno.
 DISK_FULL_WORDS = re.compile(r"os error (28|122|27)\b|No space left|file write failed|unexpected pos \d")
 
+# torch on a CPU, CUDA and MPS say so in words, too.
+OUT_OF_MEMORY_WORDS = re.compile("out of memory|(can't|cannot) allocate memory", re.IGNORECASE)
+
 
 class InputError(Exception):
     """Something that the person who started the run can mend; the message says what, where and how."""
@@ -33,6 +36,11 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(
                 f"{stage}: /dev/shm is too small for the model that several GPUs share; in Docker, `--shm-size=8g`, or"
                 " CUDA_VISIBLE_DEVICES=0 for one GPU"
+            )
+        if any(isinstance(link, MemoryError) or OUT_OF_MEMORY_WORDS.search(str(link)) for link in causes(error)):
+            sys.exit(
+                f"{stage}: out of memory; lower train.batch_size (evaluate.batch_size where no training runs), or take"
+                " a smaller model"
             )
         if is_disk_full(error):
             sys.exit(f"{stage}: the disk is full; no file is half-written. Free some space, then `dvc repro`")

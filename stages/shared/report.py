@@ -53,11 +53,13 @@ def write_report(
     intervals: dict[str, tuple[float, float]],
     gains: dict[str, Any],
     training: dict[int, dict[str, float]],
+    reading: dict[str, Any],
     examples: dict[str, list[dict[str, Any]]],
     environment: dict[str, Any],
 ) -> str:
     """`scores` and `intervals` (of the primary metric) are by model: base, reference, finetuned; `gains` is gain.json,
-    `training` metrics/train/ by seed; `examples` holds lists of {"query", "passage", "before", "after", "first_before",
+    `training` metrics/train/ by seed; `reading` holds the prompts of a "query" and a "passage", and how many passages
+    are "cut" to "limit" tokens; `examples` lists of {"query", "passage", "before", "after", "first_before",
     "first_after"}, before and after being ranks, and first_… None where it is the right passage.
     """
     metric, queries = params.evaluate.primary_metric, data["rows"]["test"]
@@ -99,10 +101,13 @@ whose queries stand or fall together; p: paired randomization test over the grou
 
 **Data** `{data["card"]}`: {card.title}. Revision {data["revision"]}; {data["rows"]["train"]:,} training, \
 {data["rows"]["validation"]:,} validation and {queries:,} test rows. Near-duplicates are texts whose sets of \
-three-letter sequences have a Jaccard similarity of {params.prepare.near_duplicate_similarity:g} or more.
+three-letter sequences have a Jaccard similarity of {params.prepare.near_duplicate_similarity:g} or more. The largest \
+group of rows that share texts has {data["largest_group"]:,}.
 Licence: {card.licence}. Source: {card.citation}.
 
 **Training** {training_in_words(params.train)} {chosen_in_words(training)}
+
+**Input** {reading_in_words(reading, data["passages"])}
 
 {picture("training")}
 
@@ -282,7 +287,15 @@ def chosen_in_words(training: dict[int, dict[str, float]]) -> str:
         f"step {own['step']}, with {own['base_share']:g} of the base model's weights (seed {seed})"
         for seed, own in training.items()
     )
-    return f"Best on validation rows, of what they scored: {chosen}."
+    left_out = max(own["left_out_rows"] for own in training.values())
+    repeated = f" Each epoch leaves out {left_out:,} training rows, whose texts repeat too often for such batches."
+    return f"Best on validation rows, of what they scored: {chosen}.{repeated if left_out else ''}"
+
+
+def reading_in_words(reading: dict[str, Any], passages: int) -> str:
+    prompts = [f"{quoted(reading[role])} before a {role}" for role in ("query", "passage") if reading[role]]
+    cut = f"{reading['cut']:,} of {passages:,} passages are cut to the {reading['limit']:,} tokens it reads."
+    return f"Prompts: {', '.join(prompts) or 'none'}. {cut if reading['cut'] else 'No passage is cut.'}"
 
 
 def table(rows: list[list[Any]], headers: list[str]) -> str:
