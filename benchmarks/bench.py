@@ -207,10 +207,10 @@ def speed(clone: Path, device: str, precision: str, rounds: int) -> str:
     """The table of pairs a second and peak memory, as ratios to the first row; of the rounds' speeds the median."""
     rows = rows_of(clone, "train")
     distinct = min(len({row[column] for row in rows}) for column in MENDED)
-    if distinct < TRAIN.batch_size:
+    if distinct < (largest := max(own["batch_size"] for own in (STOCK, OURS))):
         raise InputError(
-            f"speed is measured in batches of {TRAIN.batch_size} different pairs, and the training rows have {distinct}"
-            " different queries or passages; `--tables gain` needs no more"
+            f"speed is measured in batches of {largest} different pairs, and the training rows have {distinct}"
+            " different queries or passages; `--tables gain` does not need them"
         )
     settings, pairs = (SPEED, PAIRS) if device == "cpu" else (SPEED_ON_A_GPU, PAIRS_ON_A_GPU)
     settings = {name: setting for name, setting in settings.items() if precision != "fp32" or "bf16" not in name}
@@ -295,8 +295,8 @@ def mean_seconds(runs: list[dict[str, Any]]) -> float:
 def trained(clone: Path, columns: list[str] | None, seed: int) -> dict[str, Any]:
     """The test queries' scores and the wall time: by the library's trainer with these columns, or else by this repo."""
     key = fingerprint(clone, columns, seed)
-    lines = RUNS.read_text().splitlines() if RUNS.exists() else []
-    known = [json.loads(line) for line in lines if line.endswith("}")]  # a cut may leave half of the last one
+    written = RUNS.read_text() if RUNS.exists() else ""
+    known = [json.loads(line) for line in written.splitlines() if line.endswith("}")]  # a cut may leave half a line
     if found := [run for run in known if run["key"] == key]:
         return found[0]
     model = clone / (f"models/finetuned/{seed}" if columns is None else "models/published")
@@ -310,7 +310,7 @@ def trained(clone: Path, columns: list[str] | None, seed: int) -> dict[str, Any]
     run = {"key": key, "seconds": seconds, "scores": query_scores(clone, model).tolist()}
     shutil.rmtree(model)
     with RUNS.open("a") as file:
-        file.write(json.dumps(run) + "\n")
+        file.write(("\n" if written and not written.endswith("\n") else "") + json.dumps(run) + "\n")
     return run
 
 

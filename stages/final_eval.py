@@ -143,17 +143,19 @@ def load_finetuned(seed: int) -> "SentenceTransformer":
 
 
 def what_it_reads(model: "SentenceTransformer", passages: list[str]) -> dict[str, Any]:
-    """The prompts that stand before a query and a passage, and how many of the passages are cut to how many tokens."""
+    """The prompts that stand before a query and a passage, and how many of the passages are cut to how many tokens.
+
+    None of other models than transformers, which may have other tokens for queries, or no limit.
+    """
+    from sentence_transformers.sentence_transformer.modules import Transformer
+
     from shared import encoders
 
     query, passage = (model.prompts.get(name) or "" for name in ("query", "document"))
-    tokens, limit = encoders.token_counts(model, [passage + text for text in passages]), model.max_seq_length
-    return {
-        "query": query,
-        "passage": passage,
-        "limit": limit,
-        "cut": sum(count > limit for count in tokens) if limit else 0,
-    }
+    limit = model.max_seq_length if isinstance(model[0], Transformer) else None
+    tokens = encoders.token_counts(model, [passage + text for text in passages]) if limit else []
+    cut = sum(count > limit for count in tokens) if tokens else None
+    return {"query": query, "passage": passage, "limit": limit, "cut": cut}
 
 
 def mean_metrics(by_seed: list[dict[str, float]]) -> dict[str, float]:

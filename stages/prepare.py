@@ -235,7 +235,7 @@ def assign_split(rows: list[dict[str, Any]], from_split: str | None, to_split: s
                 row["split"] = to_split
     largest = max(groups.values(), key=len, default=[])
     if len(largest) > round(fraction * len(candidates)):
-        text, count = Counter(row["positive"] for row in largest).most_common(1)[0]
+        text, count = Counter(row[column] for row in largest for column in ("anchor", "positive")).most_common(1)[0]
         print(
             f"note: {len(largest)} rows that hang together by texts that they share ({text!r:.40} stands in {count})"
             f" are too many for the {to_split} split, which has none; leave them out, or bring splits of your own"

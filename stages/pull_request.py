@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from tabulate import tabulate
 
 from shared import records, report, significance, status
 from shared.errors import InputError, run
-from shared.params import ROOT, Metric, read_params
+from shared.params import ROOT, Metric, read_params, read_yaml
 from shared.ranks import read_ranks
 from shared.scores import score
+from shared.sources import first_line
 from shared.status import git
 
 MARK = "<!-- result of the pipeline -->"  # by which .github/workflows/pull-request.yml finds its earlier comment
@@ -82,27 +84,32 @@ def written(name: str) -> str:
 
 
 def json_at(target: str, name: str) -> dict[str, Any]:
-    """metrics/<name>.json at the revision; empty where it has none."""
-    return json.loads(git("show", f"{target}:metrics/{name}.json") or "{}")
+    """metrics/<name>.json at the revision; empty where it has none. Raises InputError."""
+    try:
+        return json.loads(git("show", f"{target}:metrics/{name}.json") or "{}")
+    except ValueError as error:
+        raise InputError(f"{target}: metrics/{name}.json is damaged: {first_line(error)}") from None
 
 
 def yaml_at(target: str, name: str) -> dict[str, Any]:
-    """The YAML file at the revision; empty where it has none."""
-    return from_yaml(git("show", f"{target}:{name}") or "")
-
-
-def from_yaml(text: str) -> dict[str, Any]:
-    return YAML(typ="safe", pure=True).load(text) or {}
+    """The YAML file at the revision; empty where it has none. Raises InputError."""
+    try:
+        return YAML(typ="safe", pure=True).load(git("show", f"{target}:{name}") or "") or {}
+    except YAMLError as error:
+        raise InputError(f"{target}: {name} is damaged: {first_line(error)}") from None
 
 
 def dvc_diff(kind: str, target: str) -> str:
     """The table of `dvc metrics diff` or `dvc params diff`; empty where nothing differs. Raises InputError."""
-    lines = status.dvc(kind, "diff", target, "--md").replace("workspace", "this branch", 1).splitlines()
+    table = status.dvc(kind, "diff", target, "--md")
+    # Each cell is as wide as the longest, with which a comment may outgrow GitHub's 65,536 characters.
+    head, *lines = re.sub("-{3,}", "---", re.sub(" {2,}", " ", table)).splitlines() or [""]
+    head = "this branch".join(head.rsplit("workspace", 1))
     # As code, since GitHub takes ndcg@10.gain for an e-mail address. Environments are compared elsewhere. Sorted, since
     # DVC's own order changes from run to run.
-    rows = [re.sub(r"^\| (\S+)( +)\| (\S+)( +)\|", r"| `\1`\2| `\3`\4|", line) for line in lines[2:]]
+    rows = [re.sub(r"^\| (\S+) \| (\S+) \|", r"| `\1` | `\2` |", line) for line in lines[1:]]
     rows = sorted(row for row in rows if "metrics/environment/" not in row)
-    return "\n".join(lines[:2] + rows) if rows else ""
+    return "\n".join([head, lines[0], *rows]) if rows else ""
 
 
 def metrics_diff(target: str, metric: Metric) -> str:
@@ -115,6 +122,8 @@ def metrics_diff(target: str, metric: Metric) -> str:
 
 def verdict_against(target: str, metric: Metric) -> str:
     """Whether this branch's fine-tuned model is better than the target's: a paired comparison, query by query."""
+    if not test_files(yaml_at(target, "dvc.lock")):
+        return f"`{target}` has no run in its dvc.lock to compare with."
     if not same_test(target):
         return "**The test data differ**, so that the scores cannot be compared."
     here = read_ranks(written("metrics/ranks.csv"))
@@ -148,11 +157,13 @@ def verdict_against(target: str, metric: Metric) -> str:
 
 def same_test(target: str) -> bool:
     """Whether both runs were of the same test queries and corpus, by their hashes in dvc.lock."""
-    hashes = []
-    for lock in (from_yaml(written("dvc.lock")), yaml_at(target, "dvc.lock")):
-        deps = lock.get("stages", {}).get("baseline_eval@base", {}).get("deps", [])
-        hashes.append({dep["path"]: dep["md5"] for dep in deps if dep["path"] in TEST_FILES})
-    return hashes[0] == hashes[1]
+    return test_files(read_yaml(ROOT / "dvc.lock")) == test_files(yaml_at(target, "dvc.lock"))
+
+
+def test_files(lock: dict[str, Any]) -> dict[str, str]:
+    """The hashes of the test's files in a dvc.lock."""
+    deps = lock.get("stages", {}).get("baseline_eval@base", {}).get("deps", [])
+    return {dep["path"]: dep["md5"] for dep in deps if dep["path"] in TEST_FILES}
 
 
 def score_changes(target: str, primary: Metric) -> str:
@@ -177,16 +188,16 @@ def change(before: float | None, after: float) -> str:
 def environment_changes(target: str) -> str:
     """Versions, device and threads that differ, stage by stage, where both have run it."""
     stages = sorted(path.stem for path in records.ENVIRONMENT.glob("*.json"))
-    both = {stage: json_at(target, f"environment/{stage}") for stage in stages}
+    both = {stage: there for stage in stages if (there := json_at(target, f"environment/{stage}"))}
     changes = [
         f"{stage}: {name} {there[name]} → {here}"
         for stage, there in both.items()
         for name, here in records.read_metrics(f"environment/{stage}").items()
         if name in there and there[name] != here
     ]
-    if not any(both.values()):
-        return f"`{target}` does not record its environment."
-    return f"Environment: {'; '.join(changes)}." if changes else "Environment of training and evaluation: the same."
+    if not both:
+        return f"No stage has its environment recorded both here and at `{target}`."
+    return f"Environment: {'; '.join(changes)}." if changes else f"Environment of {' and '.join(both)}: the same."
 
 
 def pictures(target: str, names: list[str]) -> str:

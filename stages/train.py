@@ -2,7 +2,7 @@
 
 Usage   python stages/train.py SEED   (one of train.seeds in params.yaml)
 Reads   data/prepared/{train,validation,corpus}.jsonl, models.base
-Writes  models/finetuned/<seed>/, metrics/train/<seed>.json (validation score, chosen step and share of the base model),
+Writes  models/finetuned/<seed>/, metrics/train/<seed>.json (score on validation rows and what was chosen by it),
         metrics/curves/<seed>/{loss,validation}.csv, metrics/environment/train@<seed>.json
         models/scratch/<fingerprint>/: checkpoints (until the run ends) and TensorBoard logs; nobody's output
 
@@ -164,7 +164,7 @@ def main() -> None:
     records.write_csv(curves / "loss.csv", ["step", "loss"], loss)
     records.write_csv(curves / "validation.csv", ["step", "score"], scores)
     chosen = {"validation": records.rounded(score), "step": state.best_global_step, "base_share": base_share}
-    chosen["left_out_rows"] = left_out
+    chosen["left_out_at_least"] = left_out
     records.write_json(records.METRICS / f"train/{seed}.json", chosen)
     records.write_json(records.ENVIRONMENT / f"train@{seed}.json", environment.describe())
     for path in reversed(checkpoints(scratch)):  # the newest first, so that those left by a cut are a run's beginning
@@ -176,10 +176,11 @@ def main() -> None:
 
 
 def check_batches(train: list[records.Row], params: TrainParams) -> int:
-    """How many pairs an epoch leaves out, since their texts repeat too often; says which.
+    """How many pairs an epoch leaves out at least; says so where their texts repeat too often.
 
-    A batch has each passage and query once, and an epoch as many batches as its pairs would fill. Raises InputError
-    where several processes, which leave incomplete batches out, cannot fill theirs.
+    A batch has each passage and query once, and an epoch as many batches as its pairs would fill; the sampler, which
+    takes what comes first, may leave out some more. Raises InputError where several processes, which leave incomplete
+    batches out, cannot fill theirs.
     """
     size, several = params.batch_size, params.processes > 1
     batches = len(train) // size if several else math.ceil(len(train) / size)
@@ -191,14 +192,13 @@ def check_batches(train: list[records.Row], params: TrainParams) -> int:
             f"{where}: {len(train)} training pairs do not fill batches, and several processes leave incomplete ones"
             " out; take a smaller one"
         )
-    left_out = 0 if several else len(train) - seen
-    if left_out:
+    if not several and seen < len(train):
         text, count = max((of_texts.most_common(1)[0] for of_texts in counts), key=lambda found: found[1])
         print(
-            f"note: {where}: an epoch leaves out {left_out} of {len(train)} pairs ({text!r:.40} stands in {count});"
-            " take a smaller one, or fewer such pairs"
+            f"note: {where}: an epoch leaves out {len(train) - seen} of {len(train)} pairs or more ({text!r:.40} stands"
+            f" in {count}); take a smaller one, or fewer such pairs"
         )
-    return left_out
+    return len(train) - min(seen, batches * size)
 
 
 def launch(processes: int) -> int:

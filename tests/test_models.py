@@ -60,11 +60,11 @@ def test_the_report_tells_prompts_and_cut_passages(small_bert, static_model, tmp
     assert model.preprocess(["passage: " + passages[0]])["attention_mask"].sum() == 10
     prompts_and_cut = (
         "Prompts: `query: ` before a query, `passage: ` before a passage."
-        " 1 of 3 passages are cut to the 10 tokens it reads."
+        " 1 of 3 passages are longer than the 10 tokens that it reads."
     )
     assert reading_in_words(read, 3) == prompts_and_cut
     of_word_vectors = what_it_reads(load_encoder(static_model, "static"), passages)
-    assert reading_in_words(of_word_vectors, 3) == "Prompts: none. No passage is cut."
+    assert reading_in_words(of_word_vectors, 3) == "Prompts: none."
 
 
 def test_weights_that_the_files_lack_are_not_made_up(small_bert, tmp_path):

@@ -17,7 +17,7 @@ import yaml
 from conftest import stages_run
 from shared.encoders import load_encoder
 from shared.params import Metric
-from shared.report import PICTURES
+from shared.report import PICTURES, chosen_in_words
 from shared.retrieval import make_evaluator
 
 ALL_STAGES = ["prepare", "baseline_eval@base", "baseline_eval@reference", "train@42", "final_eval"]
@@ -113,13 +113,15 @@ def test_the_test_is_also_scored_without_near_duplicates_and_one_document_a_row(
 
 def test_the_report_tells_what_groups_and_repeated_texts_do(repo):
     report, test = (repo.folder / "metrics/report.md").read_text(), read(repo, "gain.json")["test"]
-    sizes = [int(row["group"]) for row in csv.DictReader((repo.folder / "metrics/ranks.csv").open())]
-    assert test["groups"] == len(set(sizes))
+    groups = {row["group"] for row in csv.DictReader((repo.folder / "metrics/ranks.csv").open())}
+    assert test["groups"] == len(groups)
     assert 0.5 * test["groups"] < test["effective_groups"] < test["groups"]
     assert f"as much as {test['effective_groups']} of one size" in report
     assert f"group of rows that share texts has {read(repo, 'data.json')['largest_group']}." in report
-    assert read(repo, "train/42.json")["left_out_rows"] == 0
-    assert "Each epoch leaves out" not in report
+    chosen = read(repo, "train/42.json")
+    assert chosen["left_out_at_least"] == 0
+    assert chosen_in_words({42: chosen}) in report
+    assert "leaves out 2 training rows or more" in chosen_in_words({42: chosen | {"left_out_at_least": 2}})
 
 
 def test_the_report_shows_queries_with_what_was_found_first(repo):

@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from conftest import ROOT
+from gate import gain_in_words
 from shared import status
+from shared.errors import InputError
 
 OTHERS = [
     {"id": 1, "login": "a-person", "body": "<!-- result of the pipeline --> I quote it"},
@@ -55,7 +57,7 @@ def test_the_comment_says_what_changed(repo, clone):
     assert re.search(r"\*\*This branch's fine-tuned model is worse than `main`'s by 0\.\d+ NDCG@10 \(95%", against)
     assert re.search(r"fine-tuned +\| 0\.\d{4} → 0\.\d{4} \([+-]0\.\d{4}\)", against)
     assert re.search(r"train\.learning_rate` +\| 0\.05 +\| 0\.003", against)
-    assert "Environment of training and evaluation: the same." in against
+    assert "Environment of final_eval and train@42: the same." in against
     assert re.search(r"gain\.json` .*`over_base\.ndcg@10\.gain`", text)
     assert "\n\n## How sure\n\n| gain of" in text
     assert "SECRET" not in text
@@ -248,20 +250,31 @@ def test_the_gate(repo, minimum, passes):
     repo.run("git", "checkout", "--quiet", "params.yaml")
 
 
-def test_the_gate_recomputes_the_scores_and_wants_enough_groups(repo):
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("base.json", r'"ndcg@10": 0\.', '"ndcg@10": 0.9'),
+        ("gain.json", r'"effective_groups": \d+', '"effective_groups": 9'),
+        ("gain.json", r'"low": (-?)0\.', r'"low": \g<1>0.9'),
+    ],
+)
+def test_the_gate_recomputes_what_it_asks_of(repo, file, old, new):
     """Though dvc.lock and metrics/ agree, as after `dvc commit --force` of a file that was edited."""
-    for file, old, new, words in (
-        ("metrics/base.json", '"ndcg@10": 0.', '"ndcg@10": 0.9', "metrics/base.json: ndcg@10 is 0.9"),
-        ("metrics/gain.json", '"effective_groups": 303', '"effective_groups": 29', "weigh as few as 29 groups"),
-    ):
-        path = repo.folder / file
-        path.write_text(path.read_text().replace(old, new, 1))
-        repo.set(**{"evaluate.minimum_gain": -1})
-        repo.run("dvc", "commit", "--force")
-        result = repo.run("python", "stages/gate.py", check=False)
-        assert result.returncode == 1
-        assert words in result.stdout + result.stderr
-        repo.run("git", "checkout", "--quiet", ".")
+    path = repo.folder / "metrics" / file
+    path.write_text(re.sub(old, new, path.read_text(), count=1))
+    repo.run("dvc", "commit", "--force")
+    result = repo.run("python", "stages/gate.py", check=False)
+    assert result.returncode == 1
+    assert re.search(rf"metrics/{file}: .*, and metrics/ranks.csv gives ", result.stdout)
+    repo.run("git", "checkout", "--quiet", ".")
+
+
+def test_the_gate_wants_enough_groups():
+    gains = {"test": {"effective_groups": 30}, "over_base": {"mrr@10": {"gain": 0.2, "low": 0.1}}}
+    assert "more than evaluate.minimum_gain, +0" in gain_in_words(gains, "mrr@10", 0.0)
+    gains["test"]["effective_groups"] = 29
+    with pytest.raises(InputError, match="weigh as few as 29 groups"):
+        gain_in_words(gains, "mrr@10", 0.0)
 
 
 def test_the_workflow_posts_one_comment_and_updates_it(repo, clone, tmp_path):

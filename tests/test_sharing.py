@@ -12,7 +12,9 @@ from moto.server import ThreadedMotoServer
 
 from conftest import ROOT, Repo, stages_run
 
-RESOLVE = "git checkout HEAD -- dvc.lock metrics && dvc repro && git add dvc.lock metrics && git commit --no-edit"
+RESOLVE = (
+    "git checkout HEAD -- dvc.lock metrics && dvc repro && git add params.yaml dvc.lock metrics && git commit --no-edit"
+)
 SHARE_CACHE = (
     "dvc cache dir --local {cache} && dvc config --local cache.shared group && dvc config --local cache.type {link}"
 )

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 from sentence_transformers import SentenceTransformer
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from shared.errors import InputError
 from shared.sources import first_line
 
+TOKENIZED_AT_ONCE = 1_000  # texts; of all at once, a million passages would take many GB
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of mallopt (malloc.h)
 
 
@@ -80,12 +80,14 @@ def name_document_prompt(model: SentenceTransformer) -> None:
 
 
 def token_counts(model: SentenceTransformer, texts: list[str]) -> list[int]:
-    """Tokens of each whole text, before the model cuts it to its `max_seq_length`; none if a model has no tokenizer."""
-    if isinstance(model.tokenizer, Tokenizer):  # static word vectors'
-        return [len(encoding.ids) for encoding in model.tokenizer.encode_batch(texts)]
+    """Tokens of each whole text, before the model cuts it to `max_seq_length`; none without a tokenizer as BERT's."""
     if not isinstance(model.tokenizer, PreTrainedTokenizerBase):
         return []
-    return [len(ids) for ids in model.tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
+    counts: list[int] = []
+    for start in range(0, len(texts), TOKENIZED_AT_ONCE):
+        some = texts[start : start + TOKENIZED_AT_ONCE]
+        counts += map(len, model.tokenizer(some, truncation=False, verbose=False)["input_ids"])
+    return counts
 
 
 def keep_freed_memory() -> None:

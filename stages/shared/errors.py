@@ -37,10 +37,10 @@ def run(main: Callable[[], None]) -> None:
                 f"{stage}: /dev/shm is too small for the model that several GPUs share; in Docker, `--shm-size=8g`, or"
                 " CUDA_VISIBLE_DEVICES=0 for one GPU"
             )
-        if any(isinstance(link, MemoryError) or OUT_OF_MEMORY_WORDS.search(str(link)) for link in causes(error)):
+        if is_out_of_memory(error):
             sys.exit(
-                f"{stage}: out of memory; lower train.batch_size (evaluate.batch_size where no training runs), or take"
-                " a smaller model"
+                f"{stage}: out of memory; where a model runs, lower train.batch_size or evaluate.batch_size, or take a"
+                " smaller one"
             )
         if is_disk_full(error):
             sys.exit(f"{stage}: the disk is full; no file is half-written. Free some space, then `dvc repro`")
@@ -52,6 +52,12 @@ def run(main: Callable[[], None]) -> None:
 def printable(text: str) -> str:
     """Without control characters, which a terminal would obey: some of what an error quotes is of other people."""
     return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, ImportError):  # of a library that finds no room for its own variables
+        return False
+    return any(isinstance(link, MemoryError) or OUT_OF_MEMORY_WORDS.search(str(link)) for link in causes(error))
 
 
 def is_disk_full(error: BaseException) -> bool:

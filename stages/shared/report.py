@@ -59,8 +59,8 @@ def write_report(
 ) -> str:
     """`scores` and `intervals` (of the primary metric) are by model: base, reference, finetuned; `gains` is gain.json,
     `training` metrics/train/ by seed; `reading` holds the prompts of a "query" and a "passage", and how many passages
-    are "cut" to "limit" tokens; `examples` lists of {"query", "passage", "before", "after", "first_before",
-    "first_after"}, before and after being ranks, and first_… None where it is the right passage.
+    are "cut" to "limit" tokens (None: not known); `examples` lists of {"query", "passage", "before", "after",
+    "first_before", "first_after"}, before and after being ranks, and first_… None where it is the right passage.
     """
     metric, queries = params.evaluate.primary_metric, data["rows"]["test"]
     return f"""# Result
@@ -150,7 +150,7 @@ def near_duplicates_in_words(gains: dict[str, Any], data: dict[str, Any]) -> str
     alike += by if rows else ""
     if view:
         return f"{alike}; without them the gain is {gain_and_p(view)[0]}."
-    return f"{alike}: too little is left without them, so that this test may measure memory." if rows else f"{alike}."
+    return f"{alike}: too few groups are left without them, so this test may measure memory." if rows else f"{alike}."
 
 
 def picture(name: str) -> str:
@@ -287,15 +287,17 @@ def chosen_in_words(training: dict[int, dict[str, float]]) -> str:
         f"step {own['step']}, with {own['base_share']:g} of the base model's weights (seed {seed})"
         for seed, own in training.items()
     )
-    left_out = max(own["left_out_rows"] for own in training.values())
-    repeated = f" Each epoch leaves out {left_out:,} training rows, whose texts repeat too often for such batches."
+    left_out = max(own["left_out_at_least"] for own in training.values())
+    repeated = f" Each epoch leaves out {left_out:,} training rows or more: they fill no batch that has each text once."
     return f"Best on validation rows, of what they scored: {chosen}.{repeated if left_out else ''}"
 
 
 def reading_in_words(reading: dict[str, Any], passages: int) -> str:
     prompts = [f"{quoted(reading[role])} before a {role}" for role in ("query", "passage") if reading[role]]
-    cut = f"{reading['cut']:,} of {passages:,} passages are cut to the {reading['limit']:,} tokens it reads."
-    return f"Prompts: {', '.join(prompts) or 'none'}. {cut if reading['cut'] else 'No passage is cut.'}"
+    text, cut = f"Prompts: {', '.join(prompts) or 'none'}.", reading["cut"]
+    if cut is None:
+        return text
+    return f"{text} {cut:,} of {passages:,} passages are longer than the {reading['limit']:,} tokens that it reads."
 
 
 def table(rows: list[list[Any]], headers: list[str]) -> str:

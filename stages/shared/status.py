@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from shared import records, report
+from shared import records, report, significance
 from shared.errors import InputError
 from shared.params import ROOT, Metric, read_params, read_yaml
 from shared.ranks import read_ranks
@@ -42,7 +42,13 @@ def changes(stages: dict[str, dict[str, Any]]) -> list[str]:
                         stages_of.setdefault(name, []).append(stage)
     made = ("data/prepared", "data/rankings", "models/finetuned", "metrics/")
     names = sorted(stages_of, key=lambda name: (name.startswith(made), name))
-    return [f"{name}: changed since {', '.join(stages_of[name])}" for name in names]
+    return [f"{name}: changed since {', '.join(stages_of[name])}{remedy(name)}" for name in names]
+
+
+def remedy(path: str) -> str:
+    """Data and models of dvc.lock may be in the cache, where those here are of another branch's run."""
+    is_data = not path.startswith("params.yaml") and git("check-ignore", path) is not None
+    return " (`dvc checkout` brings it back, if that is all)" if is_data else ""
 
 
 def is_elsewhere(path: str, state: str, locked: dict[str, dict[str, Any]]) -> bool:
@@ -136,11 +142,24 @@ def other_scores() -> list[str]:
     if table is None:
         return ["metrics/ranks.csv: damaged"]
     ranks = {"base": table.base, "reference": table.reference, "finetuned": np.stack(list(table.finetuned.values()))}
+    means = {(model, metric): score(metric, ranks[model]).mean() for model in ranks for metric in get_args(Metric)}
+    pairs = [
+        (f"{model}.json: {metric}", records.read_metrics(model)[metric], mean)
+        for (model, metric), mean in means.items()
+    ]
+    # What the gate asks of; the others hang together with it.
+    primary, gains = read_params().evaluate.primary_metric, records.read_metrics("gain")
+    given = significance.compare(score(primary, ranks["finetuned"]), score(primary, table.base[None]), table.groups)
+    pairs += [
+        (f"gain.json: over_base {name}", gains["over_base"][primary][name], own)
+        for name, own in given._asdict().items()
+    ]
+    effective = significance.effective_groups(table.groups)
+    pairs += [("gain.json: effective_groups", gains["test"]["effective_groups"], effective)]
     return [
-        f"metrics/{model}.json: {metric} is {written[metric]}, and metrics/ranks.csv gives {given}"
-        for model, written in {model: records.read_metrics(model) for model in ranks}.items()
-        for metric in get_args(Metric)
-        if abs(written[metric] - (given := records.rounded(score(metric, ranks[model]).mean()))) > 2e-6  # of rounding
+        f"metrics/{name} is {written}, and metrics/ranks.csv gives {records.rounded(own):g}"
+        for name, written, own in pairs
+        if abs(written - own) > 2e-6  # of rounding
     ]
 
 
