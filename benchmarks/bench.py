@@ -123,6 +123,8 @@ def main() -> None:
             clones.append(Path(folder) / str(len(clones)))
             base_anywhere = str(ROOT / base) if base.startswith("./") else base
             prepare(clones[-1], card, {"models.base": base_anywhere, "train.seeds": arguments.seeds})
+            if "speed" in arguments.tables:
+                check_rows(clones[-1])
         device, precision = device_and_precision()
         # Speed first: for the gain this process encodes texts, and a child counts its parent's peak memory as its own.
         tables = {
@@ -146,14 +148,25 @@ def check_base(name: str) -> None:
     model_folder(name, "base")
 
 
+def check_rows(clone: Path) -> None:
+    """Raises InputError where speed cannot be measured."""
+    rows, largest = rows_of(clone, "train"), max(own["batch_size"] for own in (STOCK, OURS))
+    distinct = min(len({row[column] for row in rows}) for column in MENDED)
+    if distinct < largest:
+        raise InputError(
+            f"{heading(clone)} speed is measured in batches of {largest} different pairs, and the training rows have"
+            f" {distinct} different queries or passages; `--tables gain` does not need them"
+        )
+
+
 def device_and_precision() -> tuple[str, str]:
     """Where training runs here, and in what."""
     import torch
 
-    from train import choose_precision
+    from train import choose_precision, in_words
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    return device.type, next((name for name, chosen in choose_precision(TRAIN.precision).items() if chosen), "fp32")
+    return device.type, in_words(choose_precision(TRAIN.precision))
 
 
 def describe(clone: Path, repeated: str) -> str:
@@ -205,13 +218,6 @@ def base_model(clone: Path) -> Path:
 
 def speed(clone: Path, device: str, precision: str, rounds: int) -> str:
     """The table of pairs a second and peak memory, as ratios to the first row; of the rounds' speeds the median."""
-    rows = rows_of(clone, "train")
-    distinct = min(len({row[column] for row in rows}) for column in MENDED)
-    if distinct < (largest := max(own["batch_size"] for own in (STOCK, OURS))):
-        raise InputError(
-            f"speed is measured in batches of {largest} different pairs, and the training rows have {distinct}"
-            " different queries or passages; `--tables gain` does not need them"
-        )
     settings, pairs = (SPEED, PAIRS) if device == "cpu" else (SPEED_ON_A_GPU, PAIRS_ON_A_GPU)
     settings = {name: setting for name, setting in settings.items() if precision != "fp32" or "bf16" not in name}
     fixed = {"columns": MENDED, "pairs": pairs, "seed": 42, "epochs": 1, "model": None}

@@ -1,7 +1,8 @@
 """Final evaluation: score the fine-tuned models as the baselines were, and weigh what training gained.
 
 Reads   models/finetuned/<seed>/, data/prepared/, data/rankings/{base,reference}.jsonl, the data card,
-        metrics/{data,base,reference,validation/base}.json, metrics/train/<seed>.json, metrics/curves/<seed>/
+        metrics/{data,base,reference,validation/base}.json, metrics/environment/baseline_eval@{base,reference}.json,
+        metrics/train/<seed>.json, metrics/curves/<seed>/
 Writes  data/rankings/finetuned/<seed>.jsonl
         metrics/: finetuned.json (mean of the seeds), gain.json, ranks.csv, report.md, plots/*.svg,
         environment/final_eval.json
@@ -39,6 +40,9 @@ def main() -> None:
     rankings = {model: [records.read_ranking(model)] for model in ("base", "reference")}
     training = {seed: records.read_metrics(f"train/{seed}") for seed in seeds}
     validation_before = records.read_metrics("validation/base")[metric]
+    environments = {
+        model: records.read_metrics(f"environment/baseline_eval@{model}") for model in ("base", "reference")
+    }
 
     # Ten seconds of imports: after the checks above, so that errors come at once.
     from shared import encoders, retrieval
@@ -47,7 +51,6 @@ def main() -> None:
     evaluator = retrieval.make_evaluator(test, corpus, params.evaluate.batch_size, keep_rankings=True)
     devices = encoders.devices()
     rankings["finetuned"] = [retrieval.search_with_encoder(evaluator, load_finetuned(seed), devices) for seed in seeds]
-    reading = what_it_reads(load_finetuned(seeds[0]), list(corpus.values()))
     by_seed = [retrieval.mean_scores(ranking, test) for ranking in rankings["finetuned"]]
     metrics["finetuned"] = mean_metrics(by_seed)
 
@@ -72,8 +75,7 @@ def main() -> None:
             for model, several in rankings.items()
         }
         views["one_document_a_row" if merged else "identical_passages_merged"] = (other, groups)
-    sizes = {"groups": int(groups.max()) + 1, "effective_groups": significance.effective_groups(groups)}
-    gains: dict[str, Any] = {"test": {"queries": len(test)} | sizes}
+    gains: dict[str, Any] = {"test": {"queries": len(test)} | sizes(groups)}
     gains |= {f"over_{model}": gain_over(model, views, metric) for model in ("base", "reference")}
     validation_after = rounded(np.mean([own["validation"] for own in training.values()]))
     gains["validation"] = {"before": validation_before, "after": validation_after}
@@ -81,10 +83,8 @@ def main() -> None:
 
     # 4. For people.
     changes = score(metric, ranks["finetuned"]) - score(metric, ranks["base"])
-    models = params.models.model_dump().values()
-    carried = [name.removeprefix("package:") for name in models if name.startswith("package:")]
-    carried += [card.package] if isinstance(card, cards.OboCard) else []
-    machine = environment.describe("scipy", "scikit-learn", "bm25s", "PyStemmer", *dict.fromkeys(carried))
+    carried = [card.package] if isinstance(card, cards.OboCard) else []
+    machine = environment.describe("scipy", "scikit-learn", *carried)
     text = report.write_report(
         params,
         card,
@@ -93,7 +93,7 @@ def main() -> None:
         {model: significance.score_interval(score(metric, own), groups) for model, own in ranks.items()},
         gains,
         training,
-        reading,
+        environments,
         {what: examples(what, changes[0], groups, test, corpus, rankings, ranks) for what in ("gained", "lost")},
         machine,
     )
@@ -142,20 +142,8 @@ def load_finetuned(seed: int) -> "SentenceTransformer":
         raise InputError(f"{error}\n{remedy}") from error
 
 
-def what_it_reads(model: "SentenceTransformer", passages: list[str]) -> dict[str, Any]:
-    """The prompts that stand before a query and a passage, and how many of the passages are cut to how many tokens.
-
-    None of other models than transformers, which may have other tokens for queries, or no limit.
-    """
-    from sentence_transformers.sentence_transformer.modules import Transformer
-
-    from shared import encoders
-
-    query, passage = (model.prompts.get(name) or "" for name in ("query", "document"))
-    limit = model.max_seq_length if isinstance(model[0], Transformer) else None
-    tokens = encoders.token_counts(model, [passage + text for text in passages]) if limit else []
-    cut = sum(count > limit for count in tokens) if tokens else None
-    return {"query": query, "passage": passage, "limit": limit, "cut": cut}
+def sizes(groups: np.ndarray) -> dict[str, int]:
+    return {"groups": int(groups.max()) + 1, "effective_groups": significance.effective_groups(groups)}
 
 
 def mean_metrics(by_seed: list[dict[str, float]]) -> dict[str, float]:
@@ -173,7 +161,7 @@ def gain_over(model: str, views: dict[str, tuple[Ranks, np.ndarray]], metric: Me
     def means(view: str) -> dict[str, float]:
         ranks, groups = views[view]
         before, after = (rounded(score(metric, ranks[name]).mean()) for name in (model, "finetuned"))
-        return {"queries": len(groups), "groups": int(groups.max()) + 1, "before": before, "after": after}
+        return {"queries": len(groups), **sizes(groups), "before": before, "after": after}
 
     ranks, _ = views["all"]
     return {

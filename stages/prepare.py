@@ -62,8 +62,8 @@ def main() -> None:
         "mean_words": {column: mean_words(rows, column) for column in ("anchor", "positive")},
         "dropped_rows": {"empty": empty} | dropped,
         "unusual_rows": unusual,
-        "repeated_passages": len(rows) - len({row["positive"] for row in rows}),
-        "repeated_queries": len(rows) - len({row["anchor"] for row in rows}),
+        "repeated_passages": len(rows) - len({row["positive"].casefold() for row in rows}),
+        "repeated_queries": len(rows) - len({row["anchor"].casefold() for row in rows}),
         "overlap": overlaps(splits),
         # Test rows whose query or passage (and in `rows`, either) nearly stands in the training or validation rows.
         "near_duplicates": {
@@ -162,7 +162,7 @@ def drop_rows(rows: list[dict[str, Any]], max_word_overlap: float, drop_duplicat
     """The rows to keep, and how many were dropped for which reason. Nothing is dropped between splits."""
     kept, seen, dropped = [], set(), Counter(duplicate=0, word_overlap=0)
     for row in rows:
-        pair = (row["split"], row["anchor"], row["positive"])
+        pair = (row["split"], row["anchor"].casefold(), row["positive"].casefold())
         if drop_duplicates and pair in seen:
             dropped["duplicate"] += 1
         elif word_overlap(row["anchor"], row["positive"]) > max_word_overlap:
@@ -187,10 +187,10 @@ def check_parts(source: cards.Source, rows: list[dict[str, Any]]) -> None:
 
 
 def assign_documents(rows: list[dict[str, Any]], merge_identical: bool) -> None:
-    """Set each row's document_id: the id of the first row with the same passage, or else its own."""
+    """Set each row's document_id: the id of the first row with the same passage, in any case, or else its own."""
     first: dict[str, str] = {}
     for row in rows:
-        row["document_id"] = first.setdefault(row["positive"], row["id"]) if merge_identical else row["id"]
+        row["document_id"] = first.setdefault(row["positive"].casefold(), row["id"]) if merge_identical else row["id"]
 
 
 def split_rows(rows: list[dict[str, Any]], params: PrepareParams) -> dict[str, list[dict[str, Any]]]:
@@ -199,7 +199,8 @@ def split_rows(rows: list[dict[str, Any]], params: PrepareParams) -> dict[str, l
     A missing validation split is taken from train; without any, test is taken from all rows first. No passage and no
     question is on both sides of a split made here. Raises InputError where a split is empty.
     """
-    if rows and rows[0]["split"] is None:
+    has_splits = any(row["split"] for row in rows)
+    if not has_splits:
         assign_split(rows, None, "test", params.test_fraction, params.seed)
         for row in rows:
             row["split"] = row["split"] or "train"
@@ -214,9 +215,10 @@ def split_rows(rows: list[dict[str, Any]], params: PrepareParams) -> dict[str, l
                 " for prepare.test_fraction and prepare.validation_fraction; give more rows"
             )
     if len(set(group_ids(splits["test"]))) < 2:
+        remedy = "give it more rows" if has_splits else "give more rows, another prepare.seed or splits of your own"
         raise InputError(
             "the test split has one passage only, or rows that all hang together by passages and questions that they"
-            " share, which tells nothing of others; give more rows, another prepare.seed or splits of your own"
+            f" share, which tells nothing of others; {remedy}"
         )
     return splits
 

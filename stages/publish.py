@@ -324,7 +324,10 @@ def repeat_in_words(commit: str) -> str:
     )
     clone = f"git clone https://{match[1]}/{match[2]} repository\ncd repository\n" if match else ""
     where = "" if match else "In the repository that it was made in:\n\n"
-    return f"{where}```bash\n{clone}git checkout {commit}\nmake  # install, and run all of it\n```"
+    pull = "make .venv/bin/.installed && git ls-files -z '*.dvc' | xargs -0 .venv/bin/dvc pull\n"
+    if not status.git("ls-files", "*.dvc"):  # data and models of one's own, which a clone gets from the remote
+        pull = ""
+    return f"{where}```bash\n{clone}git checkout {commit}\n{pull}make  # install, and run all of it\n```"
 
 
 # --- the Hub ---

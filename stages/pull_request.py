@@ -197,7 +197,7 @@ def environment_changes(target: str) -> str:
     ]
     if not both:
         return f"No stage has its environment recorded both here and at `{target}`."
-    return f"Environment: {'; '.join(changes)}." if changes else f"Environment of {' and '.join(both)}: the same."
+    return f"Environment: {'; '.join(changes)}." if changes else f"Environment of {', '.join(both)}: the same."
 
 
 def pictures(target: str, names: list[str]) -> str:

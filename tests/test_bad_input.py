@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from conftest import default_params
+from shared import encoders
 from shared.errors import InputError, run
-from shared.params import read_params
 from train import check_batches, training_arguments
 
 # Models whose loading would run own.py, which lies beside them: file → content.
@@ -353,14 +354,14 @@ def test_training_arguments(changed, words, tmp_path, monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    params = read_params().train.model_copy(update=changed)
+    params = default_params().train.model_copy(update=changed)
     with pytest.raises(InputError) as error:
         training_arguments(params, 42, tmp_path)
     assert all(word in str(error.value) for word in words), error.value
 
 
 def test_a_training_argument_that_is_off_is_not_on(tmp_path):
-    params = read_params().train.model_copy(update={"arguments": {"full_determinism": "off", "weight_decay": "0.1"}})
+    params = default_params().train.model_copy(update={"arguments": {"full_determinism": "off", "weight_decay": "0.1"}})
     arguments = training_arguments(params, 42, tmp_path)
     assert (arguments.full_determinism, arguments.weight_decay) == (False, 0.1)
 
@@ -394,7 +395,7 @@ def test_fewer_passages_than_a_batch_has_pairs(repo, static_model):
 def test_an_answer_to_many_questions_leaves_some_out(capsys):
     """One in each of an epoch's eight batches; the other 292 pairs no batch can take."""
     rows = [{"anchor": f"question {i}", "positive": f"answer {max(i, 299)}"} for i in range(1_000)]
-    params = read_params().train.model_copy(update={"batch_size": 128, "processes": 1})
+    params = default_params().train.model_copy(update={"batch_size": 128, "processes": 1})
     several = params.model_copy(update={"processes": 2})
     assert check_batches(rows, params) == 292
     assert "an epoch leaves out 292 of 1000 pairs or more ('answer 299' stands in 300)" in capsys.readouterr().out
@@ -406,9 +407,12 @@ def test_an_answer_to_many_questions_leaves_some_out(capsys):
 
 
 @pytest.mark.parametrize("fails", [lambda: torch.empty(10**15), lambda: bytearray(10**15)])
-def test_too_little_memory_is_told_with_the_remedy(fails):
+def test_too_little_memory_is_told_with_the_remedy(fails, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"out of memory; .* lower train\.batch_size"):
         run(fails)
+    monkeypatch.setattr(encoders, "SentenceTransformer", lambda *_, **__: fails())
+    with pytest.raises(SystemExit, match=r"out of memory; .* or take a smaller one"):
+        run(lambda: encoders.loaded(tmp_path, "large", 0))
 
 
 def test_loss_that_is_not_a_number(repo, static_model, tmp_path):

@@ -13,8 +13,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Router, StaticEmbedding, Transformer
 from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5EncoderModel
 
-from final_eval import what_it_reads
-from shared.encoders import load_encoder
+from shared.encoders import load_encoder, what_it_reads
 from shared.errors import InputError
 from shared.report import reading_in_words
 from shared.sources import check_model, packaged_model
@@ -56,15 +55,15 @@ def test_the_report_tells_prompts_and_cut_passages(small_bert, static_model, tmp
     model.max_seq_length = 10
     passages = ["heart " * 6, "heart " * 7, "heart"]  # two more tokens for the prompt, two that begin and end a text
     read = what_it_reads(model, passages)
-    assert read == {"query": "query: ", "passage": "passage: ", "limit": 10, "cut": 1}
+    assert read == {"query prompt": "query: ", "passage prompt": "passage: ", "token limit": 10, "passages cut": 1}
     assert model.preprocess(["passage: " + passages[0]])["attention_mask"].sum() == 10
-    prompts_and_cut = (
-        "Prompts: `query: ` before a query, `passage: ` before a passage."
-        " 1 of 3 passages are longer than the 10 tokens that it reads."
-    )
-    assert reading_in_words(read, 3) == prompts_and_cut
     of_word_vectors = what_it_reads(load_encoder(static_model, "static"), passages)
-    assert reading_in_words(of_word_vectors, 3) == "Prompts: none."
+    assert reading_in_words({"base": read, "reference": {"python": "3.11"}}, 3) == (
+        "Base and fine-tuned model: `query: ` before a query, `passage: ` before a passage;"
+        " 1 of 3 passages cut to the first 10 tokens."
+    )
+    words = reading_in_words({"base": of_word_vectors, "reference": read}, 3)
+    assert words.startswith("Base and fine-tuned model: no prompts. Reference: `query: ` before a query")
 
 
 def test_weights_that_the_files_lack_are_not_made_up(small_bert, tmp_path):

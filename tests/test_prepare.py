@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from conftest import default_params
 from prepare import (
     assign_documents,
     clean_rows,
@@ -17,7 +18,6 @@ from prepare import (
 from shared.cards import Columns, Part, Source
 from shared.errors import InputError
 from shared.groups import alike_group_ids, group_ids
-from shared.params import read_params
 
 COLUMNS = Columns(anchor="q", positive="p", id="id")
 
@@ -32,7 +32,7 @@ def source(**parts: list[dict]) -> Source:
 
 @pytest.fixture
 def params():
-    return read_params().prepare
+    return default_params().prepare
 
 
 @pytest.mark.parametrize(
@@ -154,6 +154,7 @@ def test_a_group_too_large_for_the_test_split_is_named(params, capsys):
 
 def test_identical_passages_are_one_document_or_one_a_row():
     rows = make_rows([("q1", "same"), ("q2", "same"), ("q3", "other")])
+    rows[1]["positive"] = rows[1]["positive"].upper()
     assign_documents(rows, merge_identical=True)
     assert [row["document_id"] for row in rows] == ["0", "0", "2"]
     assign_documents(rows, merge_identical=False)

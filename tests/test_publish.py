@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
 
 import publish
+from conftest import default_params
 from hub_server import HubServer
 from shared import cards, records
-from shared.params import read_params
 from shared.ranks import RankTable
 
 NAME = "org/name"
@@ -297,7 +297,7 @@ def test_validation_chooses_the_seed(tmp_path, monkeypatch):
     assert publish.choose_seed(44, [42, 43, 44]) == 44
     with pytest.raises(publish.InputError, match="has no 45"):
         publish.choose_seed(45, [42, 43, 44])
-    params = read_params()
+    params = default_params()
     several = params.model_copy(update={"train": params.train.model_copy(update={"seeds": [42, 43, 44]})})
     words = publish.seeds_in_words(several, 43)
     assert "This is seed 43; validation NDCG@10 by seed: 42 0.5000, 43 0.7000, 44 0.7000." in words
@@ -305,7 +305,7 @@ def test_validation_chooses_the_seed(tmp_path, monkeypatch):
 
 
 def test_data_and_base_of_the_hub_are_linked():
-    params, card = read_params(), cards.read_card("bioasq")
+    params, card = default_params(), cards.read_card("bioasq")
     base = params.models.model_copy(update={"base": "org/base@abc"})
     groups, ranks = np.arange(3), np.array([1.0, 2.0, np.inf])
     table = RankTable(groups, groups > 0, ranks, ranks, {"42": ranks})
@@ -335,9 +335,14 @@ def test_data_and_base_of_the_hub_are_linked():
     ],
 )
 def test_where_to_clone_from(origin, clone, monkeypatch):
-    monkeypatch.setattr(publish.status, "git", lambda *_: origin)
-    assert re.findall("git clone (.+) repository", publish.repeat_in_words("abc")) == ([clone] if clone else [])
-    assert clone or publish.repeat_in_words("abc").startswith("In the repository that it was made in:\n")
+    own_files = ""
+    monkeypatch.setattr(publish.status, "git", lambda command, *_: origin if command == "remote" else own_files)
+    words = publish.repeat_in_words("abc")
+    assert re.findall("git clone (.+) repository", words) == ([clone] if clone else [])
+    assert clone or words.startswith("In the repository that it was made in:\n")
+    assert "dvc pull" not in words
+    own_files = "data/raw/mine.csv.dvc\n"
+    assert "xargs -0 .venv/bin/dvc pull\nmake" in publish.repeat_in_words("abc")
 
 
 def test_no_token_is_left_anywhere(repo, published):

@@ -66,10 +66,31 @@ def test_the_other_protocol_is_what_a_search_under_it_finds(static_model):
         assert np.array_equal(derived[shallow], found[shallow])
 
 
-def test_bm25_finds_the_passage_that_shares_the_rarer_words_first():
+def ranked_by_bm25(query: str, corpus: dict[str, str]) -> list[str]:
     from shared.retrieval import make_evaluator, search_with_bm25
 
-    corpus = {"a": "the heart of a child", "b": "pains in the chest and the heart", "c": "a broken bone of the hand"}
-    row = {"id": "q", "anchor": "chest pain near the heart", "document_id": "b"}
+    row = {"id": "q", "anchor": query, "document_id": "b"}
     (ranking,) = search_with_bm25(make_evaluator([row], corpus, 8, keep_rankings=True))
-    assert [result["corpus_id"] for result in ranking["results"]] == ["b", "a"]
+    return [result["corpus_id"] for result in ranking["results"]]
+
+
+def test_bm25_finds_the_passage_that_shares_the_rarer_words_first():
+    corpus = {"a": "the heart of a child", "b": "pains in the chest and the heart", "c": "a broken bone of the hand"}
+    assert ranked_by_bm25("chest pain near the heart", corpus) == ["b", "a"]
+
+
+def test_bm25_tells_words_of_one_letter_apart():
+    corpus = {"a": "vaccines against hepatitis A", "b": "vaccines against hepatitis C", "c": "vaccines against polio"}
+    assert ranked_by_bm25("hepatitis C vaccine", corpus)[0] == "b"
+
+
+def test_copies_of_a_text_have_one_embedding():
+    import torch
+
+    from shared.retrieval import embed_inputs
+
+    def embed(model: None, texts: list[str], pool: dict) -> torch.Tensor:
+        assert texts == ["heart", "lung"]
+        return torch.tensor([[1.0], [2.0]])
+
+    assert embed_inputs(embed, None, ["heart", "lung", "heart"], pool={"a": 1}).tolist() == [[1.0], [2.0], [1.0]]

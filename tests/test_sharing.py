@@ -12,9 +12,10 @@ from moto.server import ThreadedMotoServer
 
 from conftest import ROOT, Repo, stages_run
 
-RESOLVE = (
-    "git checkout HEAD -- dvc.lock metrics && dvc repro && git add params.yaml dvc.lock metrics && git commit --no-edit"
-)
+RESOLVE = """\
+git checkout HEAD -- dvc.lock metrics && dvc repro
+# Then, once README.md has the report's new head and no conflict:
+git add params.yaml README.md dvc.lock metrics && git commit --no-edit"""
 SHARE_CACHE = (
     "dvc cache dir --local {cache} && dvc config --local cache.shared group && dvc config --local cache.type {link}"
 )
@@ -39,7 +40,7 @@ def repo(make_repo, static_model, cache, tmp_path_factory):
     shutil.copytree(static_model, repo.folder / "models/local/base/mine")
     repo.run("dvc", "add", "data/raw/mine.csv", "models/local/base/mine")
     assert len(stages_run(repo, "dvc", "repro")) == 5
-    repo.run("dvc", "remote", "add", "--default", "storage", str(tmp_path_factory.mktemp("storage")))
+    repo.run("dvc", "remote", "add", "--force", "--default", "storage", str(tmp_path_factory.mktemp("storage")))
     repo.commit("first run")
     repo.run("dvc", "push")
     origin = str(tmp_path_factory.mktemp("origin"))
@@ -211,7 +212,7 @@ def test_one_line_resolves_a_conflict_in_dvc_lock(repo, cache, sweep, apart, tmp
     refused = merged.run("dvc", "repro", check=False)
     assert refused.returncode != 0
     assert "<<<<<<< HEAD" in refused.stdout + refused.stderr
-    assert stages_run(merged, "bash", "-c", RESOLVE) == ["final_eval"]
+    assert stages_run(merged, "bash", "-ec", RESOLVE) == ["final_eval"]
     assert_nothing_to_do(merged)
 
     fresh.run("dvc", "checkout")

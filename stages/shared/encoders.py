@@ -5,11 +5,14 @@ from pathlib import Path
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Transformer
 from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
-from shared.errors import InputError
+from shared.errors import InputError, is_out_of_memory
 from shared.sources import first_line
 
+ROLES = {"query": "query", "passage": "document"}  # → the library's names of their prompts
 TOKENIZED_AT_ONCE = 1_000  # texts; of all at once, a million passages would take many GB
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of mallopt (malloc.h)
 
@@ -54,6 +57,8 @@ def loaded(folder: Path, name: str, seed: int) -> tuple[SentenceTransformer, boo
                 model_kwargs={"use_safetensors": True, "dtype": torch.float32},
             )
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             if "trust_remote_code" in str(error):
                 raise InputError(
                     f"{name} needs code of its own to load, which is never run; take another model"
@@ -88,6 +93,21 @@ def token_counts(model: SentenceTransformer, texts: list[str]) -> list[int]:
         some = texts[start : start + TOKENIZED_AT_ONCE]
         counts += map(len, model.tokenizer(some, truncation=False, verbose=False)["input_ids"])
     return counts
+
+
+def what_it_reads(model: SentenceTransformer, passages: list[str]) -> dict[str, str | int]:
+    """The prompts before a query and a passage; of a transformer also how many passages are cut, to how many tokens.
+
+    Other models may have other tokens for queries, or no limit.
+    """
+    prompts = {f"{role} prompt": model.prompts.get(name) or "" for role, name in ROLES.items()}
+    limit = model.max_seq_length if isinstance(model[0], Transformer) else None
+    if not limit or limit >= LARGE_INTEGER:  # transformers' for a tokenizer that knows of no limit
+        return prompts
+    counts = token_counts(model, [prompts["passage prompt"] + text for text in passages])
+    if not counts:
+        return prompts
+    return prompts | {"token limit": limit, "passages cut": sum(count > limit for count in counts)}
 
 
 def keep_freed_memory() -> None:

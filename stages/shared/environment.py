@@ -1,4 +1,4 @@
-"""What a run ran on. In metrics/, where a diff shows a change, and no stage depends on it."""
+"""What a run ran on. In metrics/, where a diff shows a change."""
 
 import importlib.metadata
 import platform

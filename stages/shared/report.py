@@ -53,14 +53,14 @@ def write_report(
     intervals: dict[str, tuple[float, float]],
     gains: dict[str, Any],
     training: dict[int, dict[str, float]],
-    reading: dict[str, Any],
+    environments: dict[str, dict[str, Any]],
     examples: dict[str, list[dict[str, Any]]],
     environment: dict[str, Any],
 ) -> str:
     """`scores` and `intervals` (of the primary metric) are by model: base, reference, finetuned; `gains` is gain.json,
-    `training` metrics/train/ by seed; `reading` holds the prompts of a "query" and a "passage", and how many passages
-    are "cut" to "limit" tokens (None: not known); `examples` lists of {"query", "passage", "before", "after",
-    "first_before", "first_after"}, before and after being ranks, and first_… None where it is the right passage.
+    `training` metrics/train/ by seed; `environments` are those of the baselines; `examples` lists of {"query",
+    "passage", "before", "after", "first_before", "first_after"}, before and after being ranks, and first_… None where
+    it is the right passage.
     """
     metric, queries = params.evaluate.primary_metric, data["rows"]["test"]
     return f"""# Result
@@ -107,12 +107,12 @@ Licence: {card.licence}. Source: {card.citation}.
 
 **Training** {training_in_words(params.train)} {chosen_in_words(training)}
 
-**Input** {reading_in_words(reading, data["passages"])}
+**Input** {reading_in_words(environments, data["passages"])}
 
 {picture("training")}
 
 **Environment** of this evaluation, {", ".join(f"{name} {value}" for name, value in environment.items())}; of \
-training, see metrics/environment/.
+training and of the baselines, see metrics/environment/.
 """
 
 
@@ -192,7 +192,8 @@ def robustness_table(metric: Metric, gains: dict[str, Any]) -> str:
         base, reference = over_base[name], over_reference[name]
         counts = [f"{base[count]:,}" for count in ("queries", "groups")]
         scores = [f"{score:.4f}" for score in (base["before"], reference["before"], base["after"])]
-        rows.append([names[name], *counts, *scores, gain_and_p(base)[0], gain_and_p(reference)[0]])
+        few = " (too few groups: intervals are too narrow)" if base["effective_groups"] < FEW_GROUPS else ""
+        rows.append([names[name] + few, *counts, *scores, gain_and_p(base)[0], gain_and_p(reference)[0]])
     headers = ["queries", "groups", "base", "reference", "fine-tuned", "over base (95%)", "over reference (95%)"]
     return table(rows, [f"{title(metric)} if …", *headers]) if rows else ""
 
@@ -284,7 +285,7 @@ def recipe_in_words(train: TrainParams) -> str:
 def chosen_in_words(training: dict[int, dict[str, float]]) -> str:
     """What is best on the validation rows; `training` is metrics/train/ by seed."""
     chosen = "; ".join(
-        f"step {own['step']}, with {own['base_share']:g} of the base model's weights (seed {seed})"
+        f"step {own['step']}, with {own['base_share']:g} of the base model's weights (seed {seed}, {own['precision']})"
         for seed, own in training.items()
     )
     left_out = max(own["left_out_at_least"] for own in training.values())
@@ -292,12 +293,19 @@ def chosen_in_words(training: dict[int, dict[str, float]]) -> str:
     return f"Best on validation rows, of what they scored: {chosen}.{repeated if left_out else ''}"
 
 
-def reading_in_words(reading: dict[str, Any], passages: int) -> str:
-    prompts = [f"{quoted(reading[role])} before a {role}" for role in ("query", "passage") if reading[role]]
-    text, cut = f"Prompts: {', '.join(prompts) or 'none'}.", reading["cut"]
-    if cut is None:
-        return text
-    return f"{text} {cut:,} of {passages:,} passages are longer than the {reading['limit']:,} tokens that it reads."
+def reading_in_words(environments: dict[str, dict[str, Any]], passages: int) -> str:
+    """The prompts of the baselines, and what they do not read; nothing of BM25, which has neither."""
+    sentences = []
+    for model, names in {"base": "Base and fine-tuned model", "reference": "Reference"}.items():
+        own = environments[model]
+        if "query prompt" not in own:
+            continue
+        prompts = {role: own[f"{role} prompt"] for role in ("query", "passage")}
+        text = ", ".join(f"{quoted(prompt)} before a {role}" for role, prompt in prompts.items() if prompt)
+        cut = f"; {own['passages cut']:,} of {passages:,} passages cut" if "passages cut" in own else ""
+        limit = f" to the first {own['token limit']:,} tokens" if cut else ""
+        sentences.append(f"{names}: {text or 'no prompts'}{cut}{limit}.")
+    return " ".join(sentences)
 
 
 def table(rows: list[list[Any]], headers: list[str]) -> str:

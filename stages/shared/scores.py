@@ -26,16 +26,16 @@ def ranks_in_other_protocol(rankings: list[Ranking], rows: list[Row], all_rows: 
     make their words commoner. Rows that prepare dropped as duplicates stay dropped. A ranking has 100 documents: where
     they are copies of fewer passages than a metric looks at, a passage below those counts as not found.)
     """
-    text = {row["document_id"]: row["positive"] for row in all_rows}
+    text = {row["document_id"]: row["positive"].casefold() for row in all_rows}
     copies: dict[str, list[str]] = {}
     for row in sorted(all_rows, key=lambda row: row["id"]):
-        copies.setdefault(row["positive"], []).append(row["id"])
+        copies.setdefault(row["positive"].casefold(), []).append(row["id"])
     found = {
         ranking["query_id"]: list(dict.fromkeys(text[result["corpus_id"]] for result in ranking["results"]))
         for ranking in rankings
     }
     if not merged:
-        return np.array([place(row["positive"], found[row["id"]]) for row in rows])
+        return np.array([place(row["positive"].casefold(), found[row["id"]]) for row in rows])
     return np.array([place(row["id"], [id for passage in found[row["id"]] for id in copies[passage]]) for row in rows])
 
 

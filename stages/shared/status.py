@@ -16,6 +16,8 @@ from shared.params import ROOT, Metric, read_params, read_yaml
 from shared.ranks import read_ranks
 from shared.scores import score
 
+MADE = ("data/prepared", "data/rankings", "models/finetuned")  # by stages, and not in Git
+
 
 def mismatches() -> list[str]:
     """What does not belong together, each in some words that begin with where. Raises InputError."""
@@ -40,15 +42,13 @@ def changes(stages: dict[str, dict[str, Any]]) -> list[str]:
                         names = [] if is_elsewhere(path, state, items(stages.get(stage, {}))) else [path]
                     for name in names:
                         stages_of.setdefault(name, []).append(stage)
-    made = ("data/prepared", "data/rankings", "models/finetuned", "metrics/")
-    names = sorted(stages_of, key=lambda name: (name.startswith(made), name))
+    names = sorted(stages_of, key=lambda name: (name.startswith((*MADE, "metrics/")), name))
     return [f"{name}: changed since {', '.join(stages_of[name])}{remedy(name)}" for name in names]
 
 
 def remedy(path: str) -> str:
-    """Data and models of dvc.lock may be in the cache, where those here are of another branch's run."""
-    is_data = not path.startswith("params.yaml") and git("check-ignore", path) is not None
-    return " (`dvc checkout` brings it back, if that is all)" if is_data else ""
+    """What stages made may be in the cache, where that which is here is of another branch's run."""
+    return " (if that is all, `dvc checkout` brings it back)" if path.startswith(MADE) else ""
 
 
 def is_elsewhere(path: str, state: str, locked: dict[str, dict[str, Any]]) -> bool:
@@ -149,6 +149,8 @@ def other_scores() -> list[str]:
     ]
     # What the gate asks of; the others hang together with it.
     primary, gains = read_params().evaluate.primary_metric, records.read_metrics("gain")
+    if primary not in gains["over_base"] or "effective_groups" not in gains["test"]:
+        return [f"metrics/gain.json: is of another version, or of another evaluate.primary_metric than {primary}"]
     given = significance.compare(score(primary, ranks["finetuned"]), score(primary, table.base[None]), table.groups)
     pairs += [
         (f"gain.json: over_base {name}", gains["over_base"][primary][name], own)
