@@ -187,10 +187,14 @@ def check_parts(source: cards.Source, rows: list[dict[str, Any]]) -> None:
 
 
 def assign_documents(rows: list[dict[str, Any]], merge_identical: bool) -> None:
-    """Set each row's document_id: the id of the first row with the same passage, in any case, or else its own."""
-    first: dict[str, str] = {}
+    """Set each row's document_id: its own id or, where identical passages are merged, that of the first row with it.
+
+    Passages that differ in upper and lower case alone are identical, and spelt as the first is.
+    """
+    first: dict[str, dict[str, Any]] = {}
     for row in rows:
-        row["document_id"] = first.setdefault(row["positive"].casefold(), row["id"]) if merge_identical else row["id"]
+        same = first.setdefault(row["positive"].casefold(), row) if merge_identical else row
+        row["document_id"], row["positive"] = same["id"], same["positive"]
 
 
 def split_rows(rows: list[dict[str, Any]], params: PrepareParams) -> dict[str, list[dict[str, Any]]]:
@@ -245,10 +249,15 @@ def assign_split(rows: list[dict[str, Any]], from_split: str | None, to_split: s
 
 
 def overlaps(splits: dict[str, list[Row]]) -> dict[str, dict[str, int]]:
-    """For each two splits, how many distinct queries and passages stand in both."""
+    """For each two splits, how many distinct queries and passages stand in both, in upper or lower case."""
+    texts = {
+        (split, column): {row[column].casefold() for row in rows}
+        for split, rows in splits.items()
+        for column in ("anchor", "positive")
+    }
     return {
         f"{one}_{other}": {
-            plural: len({row[column] for row in splits[one]} & {row[column] for row in splits[other]})
+            plural: len(texts[one, column] & texts[other, column])
             for plural, column in (("queries", "anchor"), ("passages", "positive"))
         }
         for one, other in combinations(SPLITS, 2)

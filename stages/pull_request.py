@@ -108,7 +108,8 @@ def dvc_diff(kind: str, target: str) -> str:
     # As code, since GitHub takes ndcg@10.gain for an e-mail address. Environments are compared elsewhere. Sorted, since
     # DVC's own order changes from run to run.
     rows = [re.sub(r"^\| (\S+) \| (\S+) \|", r"| `\1` | `\2` |", line) for line in lines[1:]]
-    rows = sorted(row for row in rows if "metrics/environment/" not in row)
+    # The rest of a value of several lines, as an environment's prompt may be, is a line without a path.
+    rows = sorted(row for row in rows if row.startswith("| `") and "metrics/environment/" not in row)
     return "\n".join([head, lines[0], *rows]) if rows else ""
 
 
@@ -190,7 +191,7 @@ def environment_changes(target: str) -> str:
     stages = sorted(path.stem for path in records.ENVIRONMENT.glob("*.json"))
     both = {stage: there for stage in stages if (there := json_at(target, f"environment/{stage}"))}
     changes = [
-        f"{stage}: {name} {there[name]} → {here}"
+        f"{stage}: {name} {report.quoted(str(there[name]))} → {report.quoted(str(here))}"
         for stage, there in both.items()
         for name, here in records.read_metrics(f"environment/{stage}").items()
         if name in there and there[name] != here

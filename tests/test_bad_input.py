@@ -444,8 +444,9 @@ def test_damaged_finetuned_model(repo, static_model):
         (repo.folder / f"metrics/{name}.json").write_text("{}\n")
         ranking = repo.folder / f"data/rankings/{name}.jsonl"
         ranking.write_text('{"query_id": "1", "query": "q", "results": []}\n')
-    for name, written in (("train/42", "{}\n"), ("validation/base", '{"ndcg@10": 0.5}\n')):
-        (repo.folder / f"metrics/{name}.json").parent.mkdir()
+    environments = [(f"environment/baseline_eval@{name}", "{}\n") for name in ("base", "reference")]
+    for name, written in [("train/42", "{}\n"), ("validation/base", '{"ndcg@10": 0.5}\n'), *environments]:
+        (repo.folder / f"metrics/{name}.json").parent.mkdir(exist_ok=True)
         (repo.folder / f"metrics/{name}.json").write_text(written)
     assert "dvc repro --force train" in error_of(repo, "python", "stages/final_eval.py")
     shutil.copytree(static_model, repo.folder / "models/finetuned/42")

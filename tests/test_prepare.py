@@ -154,9 +154,11 @@ def test_a_group_too_large_for_the_test_split_is_named(params, capsys):
 
 def test_identical_passages_are_one_document_or_one_a_row():
     rows = make_rows([("q1", "same"), ("q2", "same"), ("q3", "other")])
-    rows[1]["positive"] = rows[1]["positive"].upper()
+    rows[1]["positive"] = "Same"
+    assert drop_rows([*rows, rows[1] | {"anchor": "Q2"}], 1, drop_duplicates=True)[0] == rows
+    assert overlaps({"train": rows[:1], "validation": rows[1:2], "test": rows[2:]})["train_validation"]["passages"] == 1
     assign_documents(rows, merge_identical=True)
-    assert [row["document_id"] for row in rows] == ["0", "0", "2"]
+    assert [(row["document_id"], row["positive"]) for row in rows] == [("0", "same"), ("0", "same"), ("2", "other")]
     assign_documents(rows, merge_identical=False)
     assert [row["document_id"] for row in rows] == ["0", "1", "2"]
 

@@ -82,7 +82,7 @@ def test_another_environment_is_named(repo, clone):
     path = clone / "metrics/environment/train@42.json"
     here = json.loads(path.read_text())
     path.write_text(json.dumps(here | {"device": "NVIDIA H100"}))
-    assert f"Environment: train@42: device {here['device']} → NVIDIA H100." in comment(repo, clone)
+    assert f"Environment: train@42: device `{here['device']}` → `NVIDIA H100`." in comment(repo, clone)
     path.write_text(json.dumps(here, indent=2) + "\n")
 
 

@@ -58,7 +58,8 @@ def embed_inputs(
 ) -> torch.Tensor:
     """The evaluator's own, without padding in this process (others, where there are any, pad their part).
 
-    Of each distinct text once, so that copies of a passage tie whatever else is encoded beside them.
+    Of each distinct text once, so that copies of a passage tie whatever else is encoded beside them (of the 50,000 that
+    the evaluator hands on at a time).
     """
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     with nullcontext() if pool else without_padding(model):
@@ -89,13 +90,15 @@ def search_with_encoder(
 def search_with_bm25(evaluator: InformationRetrievalEvaluator) -> list[Ranking]:
     """The same by BM25 (Lucene's variant, k1 1.5, b 0.75, English stop words and stemmer): no weights, no training.
 
-    Words of one letter or digit count, which bm25s leaves out by itself: hepatitis B is not hepatitis C. A document
-    that shares no word with the query is not retrieved, so a ranking may be shorter than `DEPTH`.
+    Words of one letter or digit count, which bm25s leaves out by itself: hepatitis B is not hepatitis C. (But the stop
+    word a, and what follows an apostrophe.) A document that shares no word with the query is not retrieved, so a
+    ranking may be shorter than `DEPTH`.
     """
     import bm25s
     import Stemmer
 
-    options = {"token_pattern": r"(?u)\b\w+\b", "stopwords": "en", "stemmer": Stemmer.Stemmer("english")}
+    word = r"(?u)\b(?:\w\w+|(?<!\w['’])\w)\b"
+    options = {"token_pattern": word, "stopwords": "en", "stemmer": Stemmer.Stemmer("english")}
     index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
     corpus_tokens = bm25s.tokenize(evaluator.corpus, **options)
     if not corpus_tokens.vocab:

@@ -149,7 +149,7 @@ def other_scores() -> list[str]:
     ]
     # What the gate asks of; the others hang together with it.
     primary, gains = read_params().evaluate.primary_metric, records.read_metrics("gain")
-    if primary not in gains["over_base"] or "effective_groups" not in gains["test"]:
+    if primary not in gains.get("over_base", {}) or "effective_groups" not in gains.get("test", {}):
         return [f"metrics/gain.json: is of another version, or of another evaluate.primary_metric than {primary}"]
     given = significance.compare(score(primary, ranks["finetuned"]), score(primary, table.base[None]), table.groups)
     pairs += [
