@@ -75,7 +75,7 @@ def main() -> None:
             for model, several in rankings.items()
         }
         views["one_document_a_row" if merged else "identical_passages_merged"] = (other, groups)
-    gains: dict[str, Any] = {"test": {"queries": len(test)} | sizes(groups)}
+    gains: dict[str, Any] = {"test": {"queries": len(test)} | significance.group_counts(groups)}
     gains |= {f"over_{model}": gain_over(model, views, metric) for model in ("base", "reference")}
     validation_after = rounded(np.mean([own["validation"] for own in training.values()]))
     gains["validation"] = {"before": validation_before, "after": validation_after}
@@ -142,10 +142,6 @@ def load_finetuned(seed: int) -> "SentenceTransformer":
         raise InputError(f"{error}\n{remedy}") from error
 
 
-def sizes(groups: np.ndarray) -> dict[str, int]:
-    return {"groups": int(groups.max()) + 1, "effective_groups": significance.effective_groups(groups)}
-
-
 def mean_metrics(by_seed: list[dict[str, float]]) -> dict[str, float]:
     return {name: rounded(np.mean([own[name] for own in by_seed])) for name in by_seed[0]}
 
@@ -161,7 +157,7 @@ def gain_over(model: str, views: dict[str, tuple[Ranks, np.ndarray]], metric: Me
     def means(view: str) -> dict[str, float]:
         ranks, groups = views[view]
         before, after = (rounded(score(metric, ranks[name]).mean()) for name in (model, "finetuned"))
-        return {"queries": len(groups), **sizes(groups), "before": before, "after": after}
+        return {"queries": len(groups), **significance.group_counts(groups), "before": before, "after": after}
 
     ranks, _ = views["all"]
     return {

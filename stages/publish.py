@@ -264,8 +264,7 @@ def gains_of(table: RankTable, seed: int, metric: Metric) -> dict[str, Any]:
     """What metrics/gain.json says, of this seed alone, as far as `report.headline` reads it."""
     before = {"base": score(metric, table.base[None]), "reference": score(metric, table.reference[None])}
     after = score(metric, table.finetuned[str(seed)][None])
-    sizes = {"groups": len(np.unique(table.groups)), "effective_groups": significance.effective_groups(table.groups)}
-    gains: dict[str, Any] = {"test": {"queries": len(table.groups)} | sizes}
+    gains: dict[str, Any] = {"test": {"queries": len(table.groups)} | significance.group_counts(table.groups)}
     groups = significance.groups_of_some(table.groups, table.unseen)
     for model, own in before.items():
         gains[f"over_{model}"] = {metric: significance.compare(after, own, table.groups)._asdict()}

@@ -257,21 +257,26 @@ def test_the_gate(repo, minimum, passes):
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new"),
+    ("file", "old", "new", "words"),
     [
-        ("base.json", r'"ndcg@10": 0\.', '"ndcg@10": 0.9'),
-        ("gain.json", r'"effective_groups": \d+', '"effective_groups": 9'),
-        ("gain.json", r'"low": (-?)0\.', r'"low": \g<1>0.9'),
+        ("base.json", r'"ndcg@10": 0\.', '"ndcg@10": 0.9', r"metrics/base\.json: ndcg@10 is 0\.9"),
+        (
+            "gain.json",
+            r'"effective_groups": \d+',
+            '"effective_groups": 9',
+            r"metrics/gain\.json: effective_groups is 9,",
+        ),
+        ("gain.json", r'"low": (-?)0\.', r'"low": \g<1>0.9', r"metrics/gain\.json: over_base low is -?0\.9"),
     ],
 )
-def test_the_gate_recomputes_what_it_asks_of(repo, file, old, new):
+def test_the_gate_recomputes_what_it_asks_of(repo, file, old, new, words):
     """Though dvc.lock and metrics/ agree, as after `dvc commit --force` of a file that was edited."""
     path = repo.folder / "metrics" / file
     path.write_text(re.sub(old, new, path.read_text(), count=1))
     repo.run("dvc", "commit", "--force")
     result = repo.run("python", "stages/gate.py", check=False)
     assert result.returncode == 1
-    assert re.search(rf"metrics/{file}: .*, and metrics/ranks.csv gives ", result.stdout)
+    assert re.search(rf"{words}.*, and metrics/ranks\.csv gives ", result.stdout)
     repo.run("git", "checkout", "--quiet", ".")
 
 

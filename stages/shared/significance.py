@@ -61,6 +61,10 @@ def groups_of_some(groups: np.ndarray, chosen: np.ndarray) -> np.ndarray | None:
     return None if chosen.all() or own is None or effective_groups(own) < FEW_GROUPS else own
 
 
+def group_counts(groups: np.ndarray) -> dict[str, int]:
+    return {"groups": len(np.unique(groups)), "effective_groups": effective_groups(groups)}
+
+
 def effective_groups(groups: np.ndarray) -> int:
     """As many groups of one size weigh what these do (Kish 1965, Survey Sampling).
 

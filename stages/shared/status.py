@@ -142,10 +142,10 @@ def other_scores() -> list[str]:
     if table is None:
         return ["metrics/ranks.csv: damaged"]
     ranks = {"base": table.base, "reference": table.reference, "finetuned": np.stack(list(table.finetuned.values()))}
-    means = {(model, metric): score(metric, ranks[model]).mean() for model in ranks for metric in get_args(Metric)}
     pairs = [
-        (f"{model}.json: {metric}", records.read_metrics(model)[metric], mean)
-        for (model, metric), mean in means.items()
+        (f"{model}.json: {metric}", written[metric], score(metric, ranks[model]).mean())
+        for model, written in {model: records.read_metrics(model) for model in ranks}.items()
+        for metric in get_args(Metric)
     ]
     # What the gate asks of; the others hang together with it.
     primary, gains = read_params().evaluate.primary_metric, records.read_metrics("gain")
