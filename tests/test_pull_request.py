@@ -264,7 +264,7 @@ def test_the_gate(repo, minimum, passes):
             "gain.json",
             r'"effective_groups": \d+',
             '"effective_groups": 9',
-            r"metrics/gain\.json: effective_groups is 9,",
+            r"metrics/gain\.json: effective_groups is 9",
         ),
         ("gain.json", r'"low": (-?)0\.', r'"low": \g<1>0.9', r"metrics/gain\.json: over_base low is -?0\.9"),
     ],
