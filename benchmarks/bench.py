@@ -186,7 +186,7 @@ def describe_data(clone: Path) -> str:
 
     rows = rows_of(clone, "train")
     model, _ = encoders.loaded(base_model(clone), base_name(clone), seed=0)
-    lengths = [sorted(encoders.token_counts(model, [row[column] for row in rows])) for column in MENDED]
+    lengths = [sorted(map(len, encoders.token_ids(model, [row[column] for row in rows]))) for column in MENDED]
     tokens = [
         f"tokens a {name} {np.mean(own):.0f} (99%: {own[int(0.99 * len(own))]})"
         for name, own in zip(("query", "passage"), lengths, strict=True)

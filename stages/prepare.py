@@ -20,13 +20,14 @@ from shared.records import Row
 
 SPLITS = ("train", "validation", "test")
 LONE_SURROGATE = r"[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]"
-DIRECTION_MARKS = r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+# Marks of writing direction, soft hyphens, and characters of no width but the joiners, which some scripts need.
+INVISIBLE_MARKS = r"[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]"
 # Rows whose id, query or passage matches are counted. Of these, clean_text mends the first three; the others are kept
 # as they are: no file of ours evaluates a formula, and of a long text a model reads what fits into it.
 UNUSUAL = {
     "control_characters": r"[\x00-\x08\x0e-\x1f\x7f-\x9f]",
     "lone_surrogates": LONE_SURROGATE,
-    "direction_marks": DIRECTION_MARKS,
+    "invisible_marks": INVISIBLE_MARKS,
     "formula_like": r"^[-=+@]",
     "longer_than_10000_characters": r"(?s)^.{10001}",
 }
@@ -153,7 +154,7 @@ def clean_text(value: Any, column: str, place: str) -> str:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise InputError(f"{place}: {column!r} holds {type(value).__name__} {value!r:.60}, where text is needed")
-    text = re.sub(DIRECTION_MARKS, "", re.sub(LONE_SURROGATE, "\ufffd", str(value)))
+    text = re.sub(INVISIBLE_MARKS, "", re.sub(LONE_SURROGATE, "\ufffd", str(value)))
     pairs_joined = text.encode("utf-16", "surrogatepass").decode("utf-16")
     return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", unicodedata.normalize("NFC", pairs_joined)).strip()
 

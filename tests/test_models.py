@@ -53,14 +53,15 @@ def test_the_report_tells_prompts_and_cut_passages(small_bert, static_model, tmp
     change(folder / "config_sentence_transformers.json", prompts={"query": "query: ", "passage": "passage: "})
     model = load_encoder(folder, "prompted")
     model.max_seq_length = 10
-    passages = ["heart " * 6, "heart " * 7, "heart"]  # two more tokens for the prompt, two that begin and end a text
+    passages = ["heart " * 6, "heart " * 7, "肺"]  # two more tokens for the prompt, two that begin and end a text
     read = what_it_reads(model, passages)
-    assert read == {"query prompt": "query: ", "passage prompt": "passage: ", "token limit": 10, "passages cut": 1}
+    prompts_of_it = {"query prompt": "query: ", "passage prompt": "passage: "}
+    assert read == prompts_of_it | {"token limit": 10, "passages cut": 1, "unknown tokens": round(1 / 26, 4)}
     assert model.preprocess(["passage: " + passages[0]])["attention_mask"].sum() == 10
     of_word_vectors = what_it_reads(load_encoder(static_model, "static"), passages)
     assert reading_in_words({"base": read, "reference": {"python": "3.11"}}, 3) == (
         "Base and fine-tuned model: `query: ` before a query, `passage: ` before a passage;"
-        " 1 of 3 passages cut to the first 10 tokens."
+        " 1 of 3 passages cut to the first 10 tokens; 4% of their tokens unknown."
     )
     words = reading_in_words({"base": of_word_vectors, "reference": read}, 3)
     assert words.startswith("Base and fine-tuned model: no prompts. Reference: `query: ` before a query")

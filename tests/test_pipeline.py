@@ -126,15 +126,15 @@ def test_the_report_tells_what_groups_and_repeated_texts_do(repo):
 
 def test_the_report_shows_queries_with_what_was_found_first(repo):
     report = (repo.folder / "metrics/report.md").read_text()
-    examples = re.findall(r"\d\. `(.+)`: (\d+|not in 100) → (\d+|not in 100)\n   - right: `(.+?)…?`", report)
+    examples = re.findall(r"\d\. rank (\d+|over 100) → (\d+|over 100): `(.+)`\n   - right: `(.+?)…?`", report)
     assert len(examples) == 10
     passages = {row["anchor"]: row["positive"] for row in rows(repo, "prepared/test.jsonl")}
-    for query, before, after, passage in examples[:5]:
+    for before, after, query, passage in examples[:5]:
         assert passages[query].startswith(passage)
-        assert before == "not in 100" or int(after) < int(before)
-    for query, before, after, passage in examples[5:]:
+        assert before == "over 100" or int(after) < int(before)
+    for before, after, query, passage in examples[5:]:
         assert passages[query].startswith(passage)
-        assert after == "not in 100" or int(after) > int(before)
+        assert after == "over 100" or int(after) > int(before)
     first = {ranking["query"]: ranking["results"][0]["corpus_id"] for ranking in rows(repo, "rankings/base.jsonl")}
     corpus = {row["id"]: row["text"] for row in rows(repo, "prepared/corpus.jsonl")}
     shown = re.search(r"first by base: `(.+?)…?`", report)[1]

@@ -197,7 +197,7 @@ def test_unusual_rows_are_counted_by_kind():
     assert count_unusual(source(train=rows[:3], test=rows[3:])) == {
         "control_characters": 2,
         "lone_surrogates": 1,
-        "direction_marks": 1,
+        "invisible_marks": 1,
         "formula_like": 2,
         "longer_than_10000_characters": 1,
     }

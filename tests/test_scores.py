@@ -84,6 +84,20 @@ def test_bm25_tells_words_of_one_letter_apart():
     assert ranked_by_bm25("hepatitis C vaccine", corpus)[0] == "b"
 
 
+@pytest.mark.parametrize(
+    ("query", "wrong", "right"),
+    [
+        ("什么是高血压", "糖尿病是指血糖升高", "高血压是指血压升高，COVID-19 除外"),
+        ("ความดันสูงคืออะไร", "เบาหวานคือน้ำตาลในเลือด", "โรคความดันสูงเป็นโรคเรื้อรัง"),
+        ("東京駅へ", "大阪で買えます", "切符は東京駅で買えます"),
+        ("covid19の原因", "原発", "原因はcovid19ウイルス"),
+        ("肺", "肺炎", "左 肺 右"),
+    ],
+)
+def test_bm25_reads_scripts_without_spaces(query, wrong, right):
+    assert ranked_by_bm25(query, {"a": wrong, "b": right, "c": "no word in common"})[0] == "b"
+
+
 def test_copies_of_a_text_have_one_embedding():
     import torch
 

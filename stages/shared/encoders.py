@@ -1,6 +1,7 @@
 """Sentence encoders from a folder; `shared.sources.model_folder` turns a model's name into one."""
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -84,19 +85,17 @@ def name_document_prompt(model: SentenceTransformer) -> None:
         model.prompts["document"] = model.prompts[names[0]]
 
 
-def token_counts(model: SentenceTransformer, texts: list[str]) -> list[int]:
-    """Tokens of each whole text, before the model cuts it to `max_seq_length`; none without a tokenizer as BERT's."""
-    if not isinstance(model.tokenizer, PreTrainedTokenizerBase):
-        return []
-    counts: list[int] = []
-    for start in range(0, len(texts), TOKENIZED_AT_ONCE):
-        some = texts[start : start + TOKENIZED_AT_ONCE]
-        counts += map(len, model.tokenizer(some, truncation=False, verbose=False)["input_ids"])
-    return counts
+def token_ids(model: SentenceTransformer, texts: list[str]) -> Iterator[list[int]]:
+    """Each whole text's, before the model cuts it to `max_seq_length`; nothing without a tokenizer as BERT's."""
+    if isinstance(model.tokenizer, PreTrainedTokenizerBase):
+        for start in range(0, len(texts), TOKENIZED_AT_ONCE):
+            some = texts[start : start + TOKENIZED_AT_ONCE]
+            yield from model.tokenizer(some, truncation=False, verbose=False)["input_ids"]
 
 
-def what_it_reads(model: SentenceTransformer, passages: list[str]) -> dict[str, str | int]:
-    """The prompts before a query and a passage; of a transformer also how many passages are cut, to how many tokens.
+def what_it_reads(model: SentenceTransformer, passages: list[str]) -> dict[str, str | int | float]:
+    """The prompts before a query and a passage; of a transformer also how many passages are cut, to how many tokens,
+    and the share of their tokens that it does not know (most, where they are in a language that it was not made for).
 
     Other models may have other tokens for queries, or no limit.
     """
@@ -104,10 +103,14 @@ def what_it_reads(model: SentenceTransformer, passages: list[str]) -> dict[str, 
     limit = model.max_seq_length if isinstance(model[0], Transformer) else None
     if not limit or limit >= LARGE_INTEGER:  # transformers' for a tokenizer that knows of no limit
         return prompts
-    counts = token_counts(model, [prompts["passage prompt"] + text for text in passages])
-    if not counts:
+    tokens = cut = unknown = 0
+    for ids in token_ids(model, [prompts["passage prompt"] + text for text in passages]):
+        tokens += len(ids)
+        cut += len(ids) > limit
+        unknown += ids.count(model.tokenizer.unk_token_id)
+    if not tokens:
         return prompts
-    return prompts | {"token limit": limit, "passages cut": sum(count > limit for count in counts)}
+    return prompts | {"token limit": limit, "passages cut": cut, "unknown tokens": round(unknown / tokens, 4)}
 
 
 def keep_freed_memory() -> None:

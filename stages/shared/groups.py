@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from tqdm import tqdm
 
 from shared.records import Row
 
@@ -51,7 +52,7 @@ def jaccard_similarities(texts: list[str], others: list[str]) -> Iterator[np.nda
     sequences = counter.fit_transform(texts + others)
     sizes = np.asarray(sequences.sum(axis=1)).ravel()
     other_sequences, other_sizes = sequences[len(texts) :], sizes[len(texts) :]
-    for start in range(0, len(texts), COMPARED_AT_ONCE):
+    for start in tqdm(range(0, len(texts), COMPARED_AT_ONCE), "near-duplicates", unit="block", delay=5):
         rows = slice(start, min(start + COMPARED_AT_ONCE, len(texts)))
         shared = (sequences[rows] @ other_sequences.T).toarray()
         yield shared / (sizes[rows, None] + other_sizes - shared)

@@ -17,7 +17,7 @@ from shared.report import MODELS, title
 from shared.scores import score
 
 COLOURS = {"base": "#8c959f", "reference": "#d4a72c", "finetuned": "#2f81f7"}
-RANK_GROUPS = {"1": 1, "2–3": 3, "4–10": 10, "11–100": 100, "not in 100": np.inf}  # and the last rank of each
+RANK_GROUPS = {"1": 1, "2–3": 3, "4–10": 10, "11–100": 100, "over 100": np.inf}  # and the last rank of each
 LENGTH_CLASSES = 5
 INK, PAPER, FAINT = "#1f2328", "#ffffff", "#d1d9e0"
 IN_DARK = {INK: "#f0f6fc", PAPER: "#0d1117", FAINT: "#3d444d"}

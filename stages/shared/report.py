@@ -225,7 +225,8 @@ def example_list(what: str, examples: list[dict[str, Any]], seeds: list[int]) ->
     ]
     for number, one in enumerate(examples, start=1):
         lines += [
-            f"{number}. {quoted(one['query'])}: {rank_in_words(one['before'])} → {rank_in_words(one['after'])}",
+            # The ranks first: after a query in Arabic or Hebrew they would run from right to left.
+            f"{number}. rank {rank_in_words(one['before'])} → {rank_in_words(one['after'])}: {quoted(one['query'])}",
             f"   - right: {quoted(one['passage'])}",
         ]
         lines += [
@@ -237,7 +238,7 @@ def example_list(what: str, examples: list[dict[str, Any]], seeds: list[int]) ->
 
 
 def rank_in_words(rank: float) -> str:
-    return f"{rank:.0f}" if np.isfinite(rank) else "not in 100"
+    return f"{rank:.0f}" if np.isfinite(rank) else "over 100"
 
 
 def quoted(text: str) -> str:
@@ -258,7 +259,7 @@ def dropped_in_words(data: dict[str, Any], card: Card) -> str:
 
 
 def mended_in_words(data: dict[str, Any]) -> str:
-    rows, kinds = data["unusual_rows"], ("control_characters", "lone_surrogates", "direction_marks")
+    rows, kinds = data["unusual_rows"], ("control_characters", "lone_surrogates", "invisible_marks")
     words = [f"{rows[kind]:,} ({kind.replace('_', ' ')})" for kind in kinds if rows[kind]]
     return f" Rows mended: {', '.join(words)}." if words else ""
 
@@ -304,7 +305,9 @@ def reading_in_words(environments: dict[str, dict[str, Any]], passages: int) -> 
         text = ", ".join(f"{quoted(prompt)} before a {role}" for role, prompt in prompts.items() if prompt)
         cut = f"; {own['passages cut']:,} of {passages:,} passages cut" if "passages cut" in own else ""
         limit = f" to the first {own['token limit']:,} tokens" if cut else ""
-        sentences.append(f"{names}: {text or 'no prompts'}{cut}{limit}.")
+        share = own.get("unknown tokens", 0)
+        unknown = f"; {share:.0%} of their tokens unknown" if share >= 0.01 else ""
+        sentences.append(f"{names}: {text or 'no prompts'}{cut}{limit}{unknown}.")
     return " ".join(sentences)
 
 
