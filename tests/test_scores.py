@@ -98,6 +98,13 @@ def test_bm25_reads_scripts_without_spaces(query, wrong, right):
     assert ranked_by_bm25(query, {"a": wrong, "b": right, "c": "no word in common"})[0] == "b"
 
 
+def test_memory_does_not_grow_with_queries_times_passages():
+    from shared.retrieval import make_evaluator
+
+    rows = [{"id": str(number), "anchor": "heart", "document_id": "a"} for number in range(20_000)]
+    assert len(rows) * make_evaluator(rows, {"a": "heart"}, 8, keep_rankings=False).corpus_chunk_size <= 10**8
+
+
 def test_copies_of_a_text_have_one_embedding():
     import torch
 
