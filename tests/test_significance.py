@@ -1,5 +1,7 @@
 """Intervals that cover, honest p-values, words that claim no more; on simulated data, so that the truth is known."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -59,6 +61,15 @@ def test_p_of_few_queries_is_exact():
     comparison = significance.compare(np.full((1, 5), 0.7), np.full((1, 5), 0.4), np.arange(5))
     assert comparison.p_value == pytest.approx(2 / 32)
     assert (comparison.gain, comparison.low, comparison.high) == pytest.approx((0.3, 0.3, 0.3))
+
+
+def test_p_of_many_queries_is_near_that_of_all_ways_to_swap():
+    differences = np.random.default_rng(8).normal(0.5, 1, 16)
+    sums = np.array(list(itertools.product((-1, 1), repeat=16))) @ differences
+    exact = 2 * np.mean(sums >= differences.sum())
+    assert 0.05 < exact < 0.5
+    comparison = significance.compare(differences[None], np.zeros((1, 16)), np.arange(16))
+    assert comparison.p_value == pytest.approx(exact, abs=0.02)  # some three standard deviations
 
 
 def test_p_is_of_groups():

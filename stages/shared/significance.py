@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import bootstrap, norm, permutation_test, t
+from scipy.stats import bootstrap, monte_carlo_test, norm, permutation_test, t
 
 RESAMPLES = 9_999
 SEED = 0
@@ -36,16 +36,24 @@ def compare(after: np.ndarray, before: np.ndarray, groups: np.ndarray) -> Compar
     """
     after_sums, before_sums = group_sums(after, groups), group_sums(before, groups)
     low, high = interval(after_sums, before_sums, np.bincount(groups))
-    test = permutation_test(
-        (after_sums.mean(axis=0), before_sums.mean(axis=0)),
-        lambda a, b, axis: (a - b).sum(axis=axis),
-        permutation_type="samples",
-        vectorized=True,
+    gain = float(after.mean() - before.mean())
+    return Comparison(gain, low, high, p_value(after_sums.mean(axis=0) - before_sums.mean(axis=0)))
+
+
+def p_value(differences: np.ndarray) -> float:
+    """Two-sided, of the groups' differences, shape (groups,): where models are equal, each sign is a coin's."""
+    if len(differences) <= np.log2(RESAMPLES):  # all combinations of signs
+        test = permutation_test((differences,), np.sum, permutation_type="samples", n_resamples=RESAMPLES)
+        return float(test.pvalue)
+    rng = np.random.default_rng(SEED)
+    test = monte_carlo_test(  # permutation_test sorts each sign: of 15,000 groups 23 s, this 0.5
+        differences,
+        lambda size: differences * (1 - 2 * rng.integers(2, size=size, dtype=np.int8)),
+        np.sum,
         n_resamples=RESAMPLES,
-        batch=max(1, BATCH // after_sums.shape[1]),
-        rng=np.random.default_rng(SEED),
+        batch=max(1, BATCH // len(differences)),
     )
-    return Comparison(float(after.mean() - before.mean()), low, high, float(test.pvalue))
+    return float(test.pvalue)
 
 
 def wins_and_losses(after: np.ndarray, before: np.ndarray) -> dict[str, int]:
