@@ -127,14 +127,15 @@ def test_near_duplicates_of_test_rows_are_found_by_query_and_by_passage():
     assert near_duplicates(test, train, 0.99) == found[1:]
 
 
-def test_near_duplicates_are_the_same_however_many_rows_are_compared_at_once(monkeypatch):
+def test_near_duplicates_are_the_same_however_they_are_compared(monkeypatch):
     draw = random.Random(0)
     words = ["heart", "lung", "bone", "small", "large", "absent", "pain", "skin"]
     rows = make_rows([(" ".join(draw.choices(words, k=4)), " ".join(draw.choices(words, k=5))) for _ in range(90)])
     whole = near_duplicates(rows[:40], rows[40:], 0.5)
-    monkeypatch.setattr("shared.groups.COMPARED_AT_ONCE", 7)
-    assert near_duplicates(rows[:40], rows[40:], 0.5) == whole
     assert len(whole) > 20
+    for how, number in {"COMPARED_AT_ONCE": 7, "COMMON": 9}.items():
+        monkeypatch.setattr(f"shared.groups.{how}", number)
+        assert near_duplicates(rows[:40], rows[40:], 0.5) == whole
 
 
 def test_a_test_split_of_one_passage_is_refused(params):
