@@ -12,7 +12,7 @@ import yaml
 
 from conftest import ROOT
 from gate import gain_in_words
-from shared import status
+from shared import params, status
 from shared.errors import InputError
 
 OTHERS = [
@@ -176,6 +176,16 @@ def test_a_section_of_params_is_no_folder_of_that_name(tmp_path, monkeypatch):
     said = {"final_eval": [{"changed deps": {"params.yaml": {"models": "modified"}}}]}
     monkeypatch.setattr(status, "dvc", lambda *_: json.dumps(said))
     assert status.changes({}) == ["params.yaml: models: changed since final_eval"]
+
+
+@pytest.mark.parametrize("known", ["md5: 0123456789abcdef.dir", "hash: md5"])  # as of `dvc import-url --no-download`
+def test_a_folder_of_which_a_part_is_unknown_cannot_be_checked(tmp_path, monkeypatch, capsys, known):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/own.csv.dvc").write_text(f"outs:\n- {known}\n  path: own.csv\n")
+    for module in (status, params):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    assert status.is_elsewhere("data", "modified", {"data": {"md5": "0123456789abcdef.dir"}})
+    assert capsys.readouterr().err.startswith("note: data cannot be checked here")
 
 
 def test_the_gate_names_a_lock_put_together_of_two_runs(repo, clone):

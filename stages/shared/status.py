@@ -66,12 +66,14 @@ def is_elsewhere(path: str, state: str, locked: dict[str, dict[str, Any]]) -> bo
 
 
 def md5_with(pointers: list[Path], folder: Path) -> str | None:
-    """The folder's hash with the files that the *.dvc files stand for; None where one stands for a folder."""
+    """The folder's hash with the files that the *.dvc files stand for; None where one is a folder or was never here."""
     md5s = {path.relative_to(folder).as_posix(): file_md5(path) for path in folder.rglob("*") if path.is_file()}
     for pointer in pointers:
         for out in read_yaml(pointer)["outs"]:
+            if out.get("md5", ".dir").endswith(".dir"):
+                return None
             md5s[(pointer.parent / out["path"]).relative_to(folder).as_posix()] = out["md5"]
-    return None if any(md5.endswith(".dir") for md5 in md5s.values()) else folder_md5(md5s)
+    return folder_md5(md5s)
 
 
 def file_md5(path: Path) -> str:
