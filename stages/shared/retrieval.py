@@ -93,19 +93,12 @@ def search_with_encoder(
 def search_with_bm25(evaluator: InformationRetrievalEvaluator) -> list[Ranking]:
     """The same by BM25 (Lucene's variant, k1 1.5, b 0.75, English stop words and stemmer): no weights, no training.
 
-    Words of one letter or digit count, which bm25s leaves out by itself: hepatitis B is not hepatitis C. (But the stop
-    word a, and what follows an apostrophe.) In scripts without spaces, each two neighbouring characters are a word (as
-    Lucene's CJKAnalyzer has it). A document that shares no word with the query is not retrieved, so a ranking may be
-    shorter than `DEPTH`.
+    A document that shares no word with the query is not retrieved, so a ranking may be shorter than `DEPTH`.
     """
     import bm25s
     import Stemmer
 
-    spaced, unspaced = rf"[^\W{WITHOUT_SPACES}]", f"[{WITHOUT_SPACES}]"
-    word = rf"(?<!{spaced})(?:{spaced}{{2,}}|(?<!{spaced}['’]){spaced})(?!{spaced})"
-    pair_or_lone = f"{unspaced}{{2}}|(?<!{unspaced}){unspaced}(?!{unspaced})"
-    pattern = f"(?=({word}|{pair_or_lone}))"  # a look ahead takes no text, so pairs may overlap
-    options = {"token_pattern": pattern, "stopwords": "en", "stemmer": Stemmer.Stemmer("english")}
+    options = {"token_pattern": word_pattern(), "stopwords": "en", "stemmer": Stemmer.Stemmer("english")}
     index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
     corpus_tokens = bm25s.tokenize(evaluator.corpus, **options)
     if not corpus_tokens.vocab:
@@ -123,6 +116,19 @@ def search_with_bm25(evaluator: InformationRetrievalEvaluator) -> list[Ranking]:
         results = [{"corpus_id": evaluator.corpus_ids[i], "score": float(scores[i])} for i in best]
         rankings.append({"query_id": id, "query": query, "results": results})
     return rankings
+
+
+def word_pattern() -> str:
+    """What BM25 counts as a word.
+
+    Words of one letter or digit count, which bm25s leaves out by itself: hepatitis B is not hepatitis C. (But what
+    follows an apostrophe.) In scripts without spaces, each two neighbouring characters are a word (as Lucene's
+    CJKAnalyzer has it), and one that stands alone.
+    """
+    spaced, unspaced = rf"[^\W{WITHOUT_SPACES}]", f"[{WITHOUT_SPACES}]"
+    word = rf"(?<!{spaced})(?:{spaced}{{2,}}|(?<!{spaced}['’]){spaced})(?!{spaced})"
+    pair_or_lone = f"{unspaced}{{2}}|(?<!{unspaced}){unspaced}(?!{unspaced})"
+    return f"(?=({word}|{pair_or_lone}))"  # a look ahead takes no text, so pairs may overlap
 
 
 def mean_scores(rankings: list[Ranking], rows: list[Row]) -> dict[str, float]:
