@@ -7,7 +7,8 @@ Writes  benchmarks/{speed,gain}-<device>-<precision>.md, a section for each base
 
 speed: pairs a second after the first tenth of the steps (or the first step), peak memory; a process for each setting.
 gain: the published recipe by the library's trainer, its columns as published (the passage is taken as the query) and
-mended, and params.yaml's by stages/train.py. All are scored on the test rows as final_eval does it.
+mended, and params.yaml's by stages/train.py. All are scored on the test rows as final_eval does it. The published
+recipe's fp16 wants a GPU: elsewhere it is fp32, and where the default is bf16, once more in bf16.
 Delete gain.jsonl to begin anew.
 """
 
@@ -16,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import resource
 import shutil
@@ -29,25 +31,24 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from data import ROOT, prepare, rows_of
+from data import PARAMS, ROOT, prepare, rows_of
 from ruamel.yaml import YAML
 from tabulate import tabulate
 
-sys.path.insert(0, str(ROOT / "stages"))
+from shared import records
 from shared.errors import InputError
-from shared.params import check_model_name, check_trainable, read_params
+from shared.params import check_model_name, check_trainable
 from shared.report import recipe_in_words
 from shared.sources import model_folder
 
 RUNS = ROOT / "benchmarks/gain.jsonl"
-PARAMS = read_params()
 TRAIN = PARAMS.train
 PAIRS, PAIRS_ON_A_GPU = 640, 3_200  # of one speed measurement: 20 and 100 steps of the published recipe
 # The order of the columns; the first is taken as the query. The published notebook has them swapped.
 SWAPPED = ["positive", "anchor"]
 MENDED = ["anchor", "positive"]
 
-# The published recipe. Its fp16 wants a GPU: elsewhere it is fp32.
+# The published recipe; without a CUDA GPU in fp32.
 STOCK = {
     "batch_size": 32,
     "chunks": False,
@@ -97,6 +98,7 @@ SPEED_ON_A_GPU = {
     "+ backward for most of the gradient, at first: this repo's default": OURS,
     "the default without bf16": OURS | {"precision": "fp32"},
     f"{LIBRARY}, the default's params": OURS | {"chunks": False, "cudnn_attention": True},
+    f"{LIBRARY}, the default's params, attention not by cuDNN": OURS | {"chunks": False},
 }
 
 
@@ -122,14 +124,15 @@ def main() -> None:
         for base, card in product(arguments.bases, arguments.data):
             clones.append(Path(folder) / str(len(clones)))
             base_anywhere = str(ROOT / base) if base.startswith("./") else base
-            prepare(clones[-1], card, {"models.base": base_anywhere, "train.seeds": arguments.seeds})
+            changes = {"models.base": base_anywhere, "train.seeds": arguments.seeds, "train.processes": 1}
+            prepare(clones[-1], card, changes)
             if "speed" in arguments.tables:
                 check_rows(clones[-1])
         device, precision = device_and_precision()
         # Speed first: for the gain this process encodes texts, and a child counts its parent's peak memory as its own.
         tables = {
-            "speed": (f"{arguments.rounds} rounds", lambda clone: speed(clone, device, precision, arguments.rounds)),
-            "gain": (f"seeds {arguments.seeds}", lambda clone: gain(clone, arguments.seeds)),
+            "speed": (f"rounds {arguments.rounds}", lambda clone: speed(clone, device, precision, arguments.rounds)),
+            "gain": (f"seeds {arguments.seeds}", lambda clone: gain(clone, device, precision, arguments.seeds)),
         }
         for name in [name for name in tables if name in arguments.tables]:
             repeated, measure = tables[name]
@@ -197,7 +200,7 @@ def describe_data(clone: Path) -> str:
 
 def heading(clone: Path) -> str:
     card = json.loads((clone / "metrics/data.json").read_text())["card"]
-    return f"**{card}**, {Path(base_name(clone)).name}:"
+    return f"**{card}**, {base_name(clone).replace(f'{ROOT}/', './')}:"
 
 
 def write_section(path: Path, section: str, heading: str) -> None:
@@ -205,7 +208,7 @@ def write_section(path: Path, section: str, heading: str) -> None:
     sections = re.split(r"\n+(?=<!-- Written by)", path.read_text().rstrip()) if path.exists() else []
     place = next((place for place, own in enumerate(sections) if heading in own), len(sections))
     sections[place : place + 1] = [section]
-    path.write_text("\n\n".join(sections) + "\n")
+    records.write_text(path, "\n\n".join(sections) + "\n")
 
 
 def base_name(clone: Path) -> str:
@@ -239,7 +242,7 @@ def speed(clone: Path, device: str, precision: str, rounds: int) -> str:
         rows.append(
             [
                 name,
-                f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})",
+                f"{np.median(ratios):.2f}" + (f" ({ratios.min():.2f} to {ratios.max():.2f})" if rounds > 1 else ""),
                 f"{memory[name].max() / memory[first].max():.2f}",
                 f"{np.median(speeds[name]):.0f}",
                 f"{memory[name].max() / 1e9:.1f} GB",
@@ -249,7 +252,7 @@ def speed(clone: Path, device: str, precision: str, rounds: int) -> str:
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 
-def gain(clone: Path, seeds: list[int]) -> str:
+def gain(clone: Path, device: str, precision: str, seeds: list[int]) -> str:
     """The table of what each recipe gains on the test rows, and of its wall time as a ratio to the first row.
 
     One seed after the other, since a machine is not as fast at every hour.
@@ -257,61 +260,76 @@ def gain(clone: Path, seeds: list[int]) -> str:
     from shared import significance
     from shared.groups import group_ids
 
-    published, mended, ours = "published recipe", "published recipe, columns mended (first seed)", "this repo's default"
-    columns = {published: SWAPPED, mended: MENDED, ours: None}
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in columns}
+    published, ours = "published recipe", "this repo's default"
+    of_first_seed = {f"{published}, columns mended (first seed)": STOCK | {"columns": MENDED}}
+    if device == "cpu" and precision != "fp32":
+        same_precision = STOCK | {"columns": SWAPPED, "precision": precision}
+        of_first_seed[f"{published}, in {precision} as the default (first seed)"] = same_precision
+    recipes = {published: STOCK | {"columns": SWAPPED}, **of_first_seed, ours: None}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in recipes}
     for seed in seeds:
-        for name in columns:
-            if name != mended or seed == seeds[0]:
-                runs[name].append(trained(clone, columns[name], seed))
+        for name, setting in recipes.items():
+            if seed == seeds[0] or name not in of_first_seed:
+                runs[name].append(trained(clone, setting, seed))
 
     test, near_duplicates = rows_of(clone, "test"), {row["id"] for row in rows_of(clone, "near_duplicates")}
     groups = np.array(group_ids(test))
     unseen = np.array([row["id"] not in near_duplicates for row in test])
+    unseen_groups = significance.groups_of_some(groups, unseen)
     base = query_scores(clone, base_model(clone))[None]
     scores = {name: np.array([run["scores"] for run in own]) for name, own in runs.items()}
-    rows = [["base", f"{base.mean():.4f}", "", "", "", "", ""]]
+    rows = [["base", f"{base.mean():.4f}", *[""] * 6]]
     for name, own in scores.items():
-        stock = scores[published][: len(own)]
-        rows.append(
-            [
-                name,
-                f"{own.mean():.4f}" + (f" (sd {own.mean(axis=1).std(ddof=1):.4f})" if len(own) > 1 else ""),
-                with_interval(significance.compare(own, base, groups)),
-                ratio(own, stock, base),
-                ratio(own[:, unseen], stock[:, unseen], base[:, unseen]) if unseen.any() else "",
-                "" if name == published else with_interval(significance.compare(own, stock, groups)),
-                f"{mean_seconds(runs[name]) / mean_seconds(runs[published]):.2f}",
-            ]
-        )
-    headers = ["recipe", "NDCG@10", "gain over base (95%)", "times", "without near-duplicates"]
-    return tabulate(rows, [*headers, "over published (95%)", "wall time"], "github", disable_numparse=True)
+        is_other, stock = name != published, scores[published][: len(own)]
+        left = [one[:, unseen] for one in (own, stock, base)]
+        cells = [
+            f"{own.mean():.4f}" + (f" (sd {own.mean(axis=1).std(ddof=1):.4f})" if len(own) > 1 else ""),
+            with_interval(significance.compare(own, base, groups)),
+            times(own, stock, base, groups) if is_other else "",
+            "" if unseen_groups is None else f"{left[0].mean() - left[2].mean():+.4f}",
+            times(*left, unseen_groups) if is_other and unseen_groups is not None else "",
+            with_interval(significance.compare(own, stock, groups)) if is_other else "",
+            f"{mean_seconds(runs[name]) / mean_seconds(runs[published][: len(own)]):.2f}",
+        ]
+        rows.append([name, *cells])
+    gains = ["gain over base (95%)", "times (95%)", "without near-duplicates", "times (95%)"]
+    headers = ["recipe", "NDCG@10", *gains, "over published (95%)", "wall time"]
+    return tabulate(rows, headers, "github", disable_numparse=True)
 
 
-def ratio(own: np.ndarray, stock: np.ndarray, base: np.ndarray) -> str:
-    """The gain over the base as a multiple of the published recipe's, where that has any."""
-    of_stock = stock.mean() - base.mean()
-    return f"{(own.mean() - base.mean()) / of_stock:.2f}" if of_stock > 0 else "-"
+def times(own: np.ndarray, stock: np.ndarray, base: np.ndarray, groups: np.ndarray) -> str:
+    """The gain over the base as a multiple of the published recipe's, with its 95% bootstrap interval over groups.
+
+    The seeds are held fixed. A published gain that may be none bounds no multiple of it (Fieller 1954, JRSS B 16:175).
+    """
+    from shared import significance
+
+    own_sums, stock_sums = (significance.group_sums((one - base).mean(axis=0)[None], groups)[0] for one in (own, stock))
+    if significance.compare(stock, base, groups).low <= 0:
+        return "unbounded"
+    low, high = significance.draw(
+        (own_sums, stock_sums), lambda one, other, axis: one.sum(axis) / other.sum(axis), True
+    )
+    return f"{own_sums.sum() / stock_sums.sum():.2f} ({low:.2f} to {high:.2f})"
 
 
 def mean_seconds(runs: list[dict[str, Any]]) -> float:
     return np.mean([run["seconds"] for run in runs])
 
 
-def trained(clone: Path, columns: list[str] | None, seed: int) -> dict[str, Any]:
-    """The test queries' scores and the wall time: by the library's trainer with these columns, or else by this repo."""
-    key = fingerprint(clone, columns, seed)
+def trained(clone: Path, setting: dict[str, Any] | None, seed: int) -> dict[str, Any]:
+    """The test queries' scores and the wall time: by the library's trainer with this setting, or else by this repo."""
+    key = fingerprint(clone, setting, seed)
     written = RUNS.read_text() if RUNS.exists() else ""
     known = [json.loads(line) for line in written.splitlines() if line.endswith("}")]  # a cut may leave half a line
     if found := [run for run in known if run["key"] == key]:
         return found[0]
-    model = clone / (f"models/finetuned/{seed}" if columns is None else "models/published")
+    model = clone / (f"models/finetuned/{seed}" if setting is None else "models/published")
     began = time.time()
-    if columns is None:
+    if setting is None:
         subprocess.run([sys.executable, "stages/train.py", str(seed)], cwd=clone, check=True)
     else:
-        setting = STOCK | {"columns": columns, "pairs": None, "seed": seed, "epochs": 1}
-        run_one(clone, **setting, model=str(model))
+        run_one(clone, **setting, pairs=None, seed=seed, epochs=1, model=str(model))
     seconds = time.time() - began
     run = {"key": key, "seconds": seconds, "scores": query_scores(clone, model).tolist()}
     shutil.rmtree(model)
@@ -320,7 +338,7 @@ def trained(clone: Path, columns: list[str] | None, seed: int) -> dict[str, Any]
     return run
 
 
-def fingerprint(clone: Path, columns: list[str] | None, seed: int) -> str:
+def fingerprint(clone: Path, setting: dict[str, Any] | None, seed: int) -> str:
     """Names all that a run depends on: code, params, data, base model, machine, versions."""
     from shared import environment
     from train import hashes
@@ -331,7 +349,7 @@ def fingerprint(clone: Path, columns: list[str] | None, seed: int) -> str:
     parts = [
         subprocess.check_output(["git", "ls-tree", "HEAD", *measured], cwd=clone, text=True),
         [(clone / f"data/prepared/{split}.jsonl").read_text() for split in ("train", "validation", "corpus", "test")],
-        [params, hashes(base_model(clone)), environment.describe(), columns, seed],
+        [params, hashes(base_model(clone)), environment.describe(), platform.node(), setting, seed],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -463,4 +481,7 @@ if __name__ == "__main__":
     except (InputError, subprocess.CalledProcessError) as error:  # of the latter the reason stands above
         sys.exit(f"bench.py: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"bench.py: interrupted; the same command goes on after the trainings in {RUNS.relative_to(ROOT)}")
+        sys.exit(
+            f"bench.py: interrupted; the same command measures speed anew (`--tables gain`: not at all) and goes on"
+            f" after the trainings in {RUNS.relative_to(ROOT)}"
+        )

@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 from ruamel.yaml import YAML
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
+from shared.errors import InputError
+from shared.params import ROOT, read_params
+
+try:
+    PARAMS = read_params()
+except InputError as error:
+    sys.exit(str(error))
 # Names → definitions of at least ten words, at most so many of them: ontology, rows, title, citation.
 MIN_WORDS = 10
 ONTOLOGIES = {

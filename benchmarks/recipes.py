@@ -11,7 +11,6 @@ base models without prompts. Delete recipes.jsonl to begin anew.
 import argparse
 import copy
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -33,12 +32,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 from transformers import get_scheduler
 
-sys.path.insert(0, str(data.ROOT / "stages"))
 from shared import encoders, retrieval
 from shared.by_length import chunk_shape
 from shared.errors import run
 from shared.loss import ChunkedRankingLoss
-from shared.params import read_params
 from shared.sources import model_folder
 from train import SYMMETRIC, choose_precision, mixed, set_dropout
 
@@ -47,7 +44,6 @@ TABLE = data.ROOT / "benchmarks/recipes.md"
 # Three in ten of the rows that are not test: a tenth is too few to tell recipes apart.
 VALIDATION = {"prepare.validation_fraction": 0.3}
 TOKENS = 64  # to which texts are cut: a recipe is no better for long ones, and a comparison of many takes half the time
-PARAMS = read_params()
 
 
 @dataclass(frozen=True)
@@ -134,7 +130,7 @@ BASE_SHARES = (0.0, 0.2, 0.4)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", default=PARAMS.models.base)
+    parser.add_argument("--base", default=data.PARAMS.models.base)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--data", nargs="+", default=data.CARDS)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
@@ -158,7 +154,8 @@ def main() -> None:
 
 def read_scores() -> dict[tuple[str, str, str, int], list[float]]:
     """NDCG@10 on validation rows by base model, data, recipe and seed."""
-    lines = SCORES.read_text().splitlines() if SCORES.exists() else []
+    written = SCORES.read_text().splitlines() if SCORES.exists() else []
+    lines = [line for line in written if line.endswith("]")]  # a cut may leave half a line
     return {(base, name, recipe, seed): score for base, name, recipe, seed, score in map(json.loads, lines)}
 
 
