@@ -40,7 +40,7 @@ repeat: $(BIN)/.installed  ## run all of the last commit anew in a clone, and co
 	if git diff --quiet -- dvc.lock metrics; then echo 'The same, byte for byte.'; else \
 	git diff --stat -- dvc.lock metrics; dvc metrics diff; echo 'Not the same.'; exit 1; fi
 
-bench: $(BIN)/.installed  ## this training beside the library's own trainer: speed, memory, gain (SEEDS="42 43 44"; one to two hours)
+bench: $(BIN)/.installed  ## this training beside the library's own trainer: speed, memory, gain (SEEDS="42 43 44"; one to three hours, 8 GB)
 	@pip install --quiet --requirement benchmarks/requirements.txt
 	@python benchmarks/bench.py --seeds $(SEEDS)
 
@@ -55,11 +55,12 @@ lint: $(BIN)/.installed  ## check style
 	ruff check .
 	ruff format --check .
 
-lock: $(BIN)/.installed  ## write requirements.txt anew from requirements.in
+lock: $(BIN)/.installed  ## write requirements.txt anew from requirements.in, with the newest of what that leaves open
 	pip install --quiet pip-tools
-	pip-compile --quiet --strip-extras --no-header --no-emit-index-url --no-emit-find-links --no-annotate \
+	pip-compile --quiet --upgrade --strip-extras --no-header --no-emit-index-url --no-emit-find-links --no-annotate \
 		--output-file requirements.txt requirements.in
-	sed -i.bak 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.txt && rm requirements.txt.bak
+	sed -E -i.bak -e 's/^(torch==[0-9.]*)\+.*/\1/' -e '/^(cuda|nvidia|triton)[-=]/d' requirements.txt
+	rm requirements.txt.bak  # above: torch brings CUDA's packages itself, where there is one; a Mac has none of them
 
 clean:  ## remove checkpoints and logs of earlier runs, and rendered plots
 	rm -rf models/scratch dvc_plots

@@ -34,7 +34,8 @@ def main() -> None:
         model = encoders.load_encoder(folder, model_name)
         rankings = retrieval.search_with_encoder(evaluator, model, encoders.devices())
         carried = [model_name.removeprefix("package:")] if model_name.startswith("package:") else []
-        machine = environment.describe(*carried) | encoders.what_it_reads(model, list(corpus.values()))
+        machine = environment.describe(*carried) | {"similarity": model.similarity_fn_name}
+        machine |= encoders.what_it_reads(model, list(corpus.values()))
     of_validation, of_test = rankings[: len(validation)], rankings[len(validation) :]
     metrics, on_validation = retrieval.mean_scores(of_test, test), retrieval.mean_scores(of_validation, validation)
 

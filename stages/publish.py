@@ -185,7 +185,7 @@ Source: {plain(data_card.citation)} {link(data_card.url or "")}
 
 **Base model**: {shown.models.base}.
 
-**Training**: {plain(report.training_in_words(shown.train))} {report.chosen_in_words(chosen)}
+**Training**: {plain(report.training_in_words(shown.train))} {report.chosen_in_words(shown.train, chosen)}
 
 **Licence** of these weights: {licence}. Data and base model have their own.
 

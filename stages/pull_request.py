@@ -126,7 +126,7 @@ def verdict_against(target: str, metric: Metric) -> str:
     if not test_files(yaml_at(target, "dvc.lock")):
         return f"`{target}` has no run in its dvc.lock to compare with."
     if not same_test(target):
-        return "**The test data differ**, so that the scores cannot be compared."
+        return "**The test rows or the passages to search differ**, so that the scores cannot be compared."
     here = read_ranks(written("metrics/ranks.csv"))
     if here is None:
         raise InputError("metrics/ranks.csv is damaged; `git checkout metrics`, or `dvc repro`")

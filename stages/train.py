@@ -198,6 +198,8 @@ def check_batches(train: list[records.Row], params: TrainParams) -> int:
             f"note: {where}: an epoch leaves out {len(train) - seen} of {len(train)} pairs or more ({text!r:.40} stands"
             f" in {count}); take a smaller one, or fewer such pairs"
         )
+    if math.ceil(params.epochs * batches) == 1 and params.warmup:
+        print("note: this training has a single step, whose rate is that with which the warm-up begins: 0")
     return len(train) - min(seen, batches * size)
 
 

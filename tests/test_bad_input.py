@@ -403,6 +403,9 @@ def test_an_answer_to_many_questions_leaves_some_out(capsys):
         check_batches(rows, several)
     assert check_batches(rows[299:], several) == 701 - 5 * 128
     assert check_batches(rows[299:], params) == 0
+    assert "a single step" not in capsys.readouterr().out
+    check_batches(rows[299:], params.model_copy(update={"epochs": 0.1}))
+    assert "note: this training has a single step" in capsys.readouterr().out
     assert not capsys.readouterr().out
 
 

@@ -59,12 +59,13 @@ def test_the_report_tells_prompts_and_cut_passages(small_bert, static_model, tmp
     assert read == prompts_of_it | {"token limit": 10, "passages cut": 1, "unknown tokens": round(1 / 26, 4)}
     assert model.preprocess(["passage: " + passages[0]])["attention_mask"].sum() == 10
     of_word_vectors = what_it_reads(load_encoder(static_model, "static"), passages)
+    read |= {"similarity": "cosine"}
     assert reading_in_words({"base": read, "reference": {"python": "3.11"}}, 3) == (
-        "Base and fine-tuned model: `query: ` before a query, `passage: ` before a passage;"
+        "Base and fine-tuned model: compared by cosine; `query: ` before a query, `passage: ` before a passage;"
         " 1 of 3 passages cut to the first 10 tokens; 4% of their tokens unknown."
     )
-    words = reading_in_words({"base": of_word_vectors, "reference": read}, 3)
-    assert words.startswith("Base and fine-tuned model: no prompts. Reference: `query: ` before a query")
+    words = reading_in_words({"base": of_word_vectors | {"similarity": "dot"}, "reference": read}, 3)
+    assert words.startswith("Base and fine-tuned model: compared by dot; no prompts. Reference: compared by cosine; `q")
 
 
 def test_weights_that_the_files_lack_are_not_made_up(small_bert, tmp_path):

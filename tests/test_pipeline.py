@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import stages_run
+from conftest import default_params, stages_run
 from shared.encoders import load_encoder
 from shared.params import Metric
 from shared.report import PICTURES, chosen_in_words
@@ -49,7 +49,9 @@ def test_training_gains_and_the_gain_is_the_difference(repo):
     base, finetuned, gain = read(repo, "base.json"), read(repo, "finetuned.json"), read(repo, "gain.json")
     validation = list(csv.DictReader((repo.folder / "metrics/curves/42/validation.csv").open()))
     before, after = read(repo, "validation/base.json")["ndcg@10"], max(float(row["score"]) for row in validation)
-    assert before < after <= gain["validation"]["after"]
+    assert before < after <= read(repo, "train/42.json")["validation"]
+    # Chosen in training's precision, here scored in float32.
+    assert gain["validation"]["after"] == pytest.approx(read(repo, "train/42.json")["validation"], abs=0.01)
     assert gain["validation"]["before"] == before
     assert base.keys() == finetuned.keys() >= {"accuracy@1", "recall@10", "ndcg@10", "mrr@10", "map@100"}
     over_base = gain["over_base"]
@@ -120,8 +122,11 @@ def test_the_report_tells_what_groups_and_repeated_texts_do(repo):
     assert f"group of rows that share texts has {read(repo, 'data.json')['largest_group']}." in report
     chosen = read(repo, "train/42.json")
     assert chosen["left_out_at_least"] == 0
-    assert chosen_in_words({42: chosen}) in report
-    assert "leaves out 2 training rows or more" in chosen_in_words({42: chosen | {"left_out_at_least": 2}})
+    params = default_params().train
+    assert chosen_in_words(params, {42: chosen}) in report
+    several = chosen_in_words(params.model_copy(update={"evaluations": 3}), {42: chosen | {"left_out_at_least": 2}})
+    assert several.startswith("Chosen on validation rows, of 3 steps the best, and with 0 or 0.2 of the base")
+    assert "leaves out 2 training rows or more" in several
 
 
 def test_the_report_shows_queries_with_what_was_found_first(repo):

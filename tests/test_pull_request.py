@@ -12,7 +12,7 @@ import yaml
 
 from conftest import ROOT
 from gate import gain_in_words
-from shared import params, status
+from shared import params, records, status
 from shared.errors import InputError
 
 OTHERS = [
@@ -169,6 +169,16 @@ def test_the_gate_names_params_that_were_committed_without_a_run(repo, name, val
     assert re.search(words, result.stdout)
 
 
+def test_versions_are_compared_however_a_package_is_spelt(tmp_path, monkeypatch):
+    (tmp_path / "requirements.txt").write_text("pystemmer==3.1.0\nscikit-learn==1.9.1\n")
+    (tmp_path / "final_eval.json").write_text('{"PyStemmer": "3.0.0", "scikit_learn": "1.9.1"}')
+    monkeypatch.setattr(status, "ROOT", tmp_path)
+    monkeypatch.setattr(records, "ENVIRONMENT", tmp_path)
+    monkeypatch.setattr(records, "read_metrics", lambda name: json.loads((tmp_path / "final_eval.json").read_text()))
+    (found,) = status.other_versions()
+    assert found.endswith("final_eval.json: PyStemmer 3.0.0, and requirements.txt asks for 3.1.0")
+
+
 def test_a_section_of_params_is_no_folder_of_that_name(tmp_path, monkeypatch):
     (tmp_path / "models/local/base").mkdir(parents=True)
     (tmp_path / "models/local/base/own.dvc").write_text("outs:\n- md5: 0123456789abcdef.dir\n  path: own\n")
@@ -225,7 +235,7 @@ def test_other_data_are_not_compared(repo, clone):
     md5 = dict(re.findall(r"data/prepared/(train|validation|test).jsonl\n +hash: md5\n +md5: (\w+)", before))
     lock.write_text(before.replace(md5["test"], "f" * 32))
     text = comment(repo, clone)
-    assert "**The test data differ**" in text
+    assert "**The test rows or the passages to search differ**" in text
     assert "→" not in text.partition("## Fine-tuned against")[0]
     for split in ("train", "validation"):  # other rows to learn from may be what the branch is about
         lock.write_text(before.replace(md5[split], "f" * 32))

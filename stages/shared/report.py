@@ -7,7 +7,7 @@ from tabulate import tabulate
 
 from shared.cards import Card
 from shared.params import Metric, Params, TrainParams
-from shared.significance import FEW_GROUPS, Comparison
+from shared.significance import FEW_GROUPS, RESAMPLES, Comparison
 
 LONGEST_TEXT = 240  # characters of a passage in an example
 ALPHA = 0.05  # significance level: below this p a difference is called one, where the 95% interval agrees
@@ -71,8 +71,8 @@ def write_report(
 
 {groups_in_words(gains)}, {data["passages"]:,} passages to search.{dropped_in_words(data, card)}{mended_in_words(data)}
 
-NDCG@10 and MRR@10 of a query: 1 where the right passage is first, less the further down, 0 beyond ten; accuracy@k: \
-share of the queries whose passage is among the first k.
+Of a query whose right passage has rank r, NDCG@10 is 1 / log2(1 + r) and MRR@10 is 1 / r, beyond rank ten 0; \
+accuracy@k: share of the queries whose passage is among the first k.
 
 {picture("scores")}
 {picture("ranks")}
@@ -105,7 +105,15 @@ three-letter sequences have a Jaccard similarity of {params.prepare.near_duplica
 group of rows that share texts has {data["largest_group"]:,}.
 Licence: {card.licence}. Source: {card.citation}.
 
-**Training** {training_in_words(params.train)} {chosen_in_words(training)}
+**Training** {training_in_words(params.train)} {chosen_in_words(params.train, training)}
+
+**Method** AdamW with a weight decay of 0, betas of 0.9 and 0.999 and gradients cut to a norm of 1, and a rate that \
+falls linearly to 0 after the warm-up, unless the arguments above say otherwise. Scale and hardness (which weighs the \
+passages that are wrong for a query, not the queries that are wrong for a passage) are for cosines; of another \
+similarity both are divided by the scale. Each query is searched for among the passages of all splits, 100 are kept, \
+and equal scores rank in the order of the passages' ids. bm25: Lucene's variant, k1 1.5, b 0.75, English stop words \
+and stemmer. Intervals: percentile bootstrap of {RESAMPLES:,} draws, expanded as the t distribution asks. p: \
+two-sided, of {RESAMPLES:,} random swaps, so that none is below {2 / (RESAMPLES + 1):g}.
 
 **Input** {reading_in_words(environments, data["passages"])}
 
@@ -127,7 +135,7 @@ def headline(params: Params, data: dict[str, Any], gains: dict[str, Any]) -> str
         f"**{verdict(over_base, metric, 'The fine-tuned model', 'the base model', queries)}."
         f" {near_duplicates_in_words(gains, data)}** {verdict(over_reference, metric, 'It', reference, queries)}"
         f"{'; without them ' + gain_and_p(unseen)[0] if unseen else ''}."
-        f" Against the base model, {counts['wins']:,} queries gain, {counts['ties']:,} stay the same and"
+        f" By {title(metric)}, {counts['wins']:,} queries gain over the base model, {counts['ties']:,} stay the same,"
         f" {counts['losses']:,} lose{f' (mean of {seeds} seeds)' if seeds > 1 else ''}.{few_in_words(groups)}"
     )
 
@@ -274,7 +282,7 @@ def recipe_in_words(train: TrainParams) -> str:
     processes = f" over {train.processes} processes" if train.processes > 1 else ""
     hardness = f", hardness {train.hardness:g}" if train.hardness else ""
     loss = f"{'symmetric ' if train.symmetric else ''}MultipleNegativesRankingLoss, scale {train.scale:g}{hardness}"
-    share = f", backward for {train.gradient_share:.6g} of the gradient" if train.gradient_share < 1 else ""
+    share = f", backward for {train.gradient_share:.6g} of the squared gradient" if train.gradient_share < 1 else ""
     dropout = "the model's own" if train.dropout == "model" else f"{train.dropout:g}"
     steps = f"warm-up {train.warmup:g}, dropout {dropout}, precision {train.precision}"
     return (
@@ -283,15 +291,17 @@ def recipe_in_words(train: TrainParams) -> str:
     )
 
 
-def chosen_in_words(training: dict[int, dict[str, float]]) -> str:
-    """What is best on the validation rows; `training` is metrics/train/ by seed."""
+def chosen_in_words(train: TrainParams, training: dict[int, dict[str, float]]) -> str:
+    """What is best on the validation rows, and of what; `training` is metrics/train/ by seed."""
     chosen = "; ".join(
         f"step {own['step']}, with {own['base_share']:g} of the base model's weights (seed {seed}, {own['precision']})"
         for seed, own in training.items()
     )
     left_out = max(own["left_out_at_least"] for own in training.values())
     repeated = f" Each epoch leaves out {left_out:,} training rows or more: they fill no batch that has each text once."
-    return f"Best on validation rows, of what they scored: {chosen}.{repeated if left_out else ''}"
+    steps = f"of {train.evaluations} steps the best" if train.evaluations > 1 else "the last step"
+    shares = f", and with 0 or {train.base_share:g} of the base model's weights in it" if train.base_share else ""
+    return f"Chosen on validation rows, {steps}{shares}: {chosen}.{repeated if left_out else ''}"
 
 
 def reading_in_words(environments: dict[str, dict[str, Any]], passages: int) -> str:
@@ -307,7 +317,8 @@ def reading_in_words(environments: dict[str, dict[str, Any]], passages: int) -> 
         limit = f" to the first {own['token limit']:,} tokens" if cut else ""
         share = own.get("unknown tokens", 0)
         unknown = f"; {share:.0%} of their tokens unknown" if share >= 0.01 else ""
-        sentences.append(f"{names}: {text or 'no prompts'}{cut}{limit}{unknown}.")
+        similarity = f"compared by {own['similarity']}"
+        sentences.append(f"{names}: {similarity}; {text or 'no prompts'}{cut}{limit}{unknown}.")
     return " ".join(sentences)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from packaging.utils import canonicalize_name
 
 from shared import records, report, significance
 from shared.errors import InputError
@@ -48,6 +49,8 @@ def changes(stages: dict[str, dict[str, Any]]) -> list[str]:
 
 def remedy(path: str) -> str:
     """What stages made may be in the cache, where that which is here is of another branch's run."""
+    if path == "data/cards":
+        return " (if that is all, `dvc repro prepare` may do)"
     return " (if that is all, `dvc checkout` brings it back)" if path.startswith(MADE) else ""
 
 
@@ -129,12 +132,13 @@ def strangers(stages: dict[str, dict[str, Any]]) -> list[str]:
 
 def other_versions() -> list[str]:
     """Packages with which a stage ran, where requirements.txt asks for another version."""
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE))
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    pins = {canonicalize_name(name): pin for name, pin in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)}
     return [
-        f"metrics/environment/{path.name}: {name} {version}, and requirements.txt asks for {pins[name]}"
+        f"metrics/environment/{path.name}: {name} {version}, and requirements.txt asks for {pin}"
         for path in sorted(records.ENVIRONMENT.glob("*.json"))
         for name, version in records.read_metrics(f"environment/{path.stem}").items()
-        if name in pins and str(version).partition("+")[0] != pins[name]
+        if (pin := pins.get(canonicalize_name(name))) and str(version).partition("+")[0] != pin
     ]
 
 
