@@ -125,7 +125,7 @@ def test_the_report_tells_what_groups_and_repeated_texts_do(repo):
     params = default_params().train
     assert chosen_in_words(params, {42: chosen}) in report
     several = chosen_in_words(params.model_copy(update={"evaluations": 3}), {42: chosen | {"left_out_at_least": 2}})
-    assert several.startswith("Chosen on validation rows, of 3 steps the best, and with 0 or 0.2 of the base")
+    assert several.startswith("The best of 3 steps on validation rows, with 0 or 0.2 of the base")
     assert "leaves out 2 training rows or more" in several
 
 

@@ -293,15 +293,15 @@ def recipe_in_words(train: TrainParams) -> str:
 
 def chosen_in_words(train: TrainParams, training: dict[int, dict[str, float]]) -> str:
     """What is best on the validation rows, and of what; `training` is metrics/train/ by seed."""
+    steps = f"The best of {train.evaluations} steps on validation rows" if train.evaluations > 1 else "The last step"
+    shares = f", with 0 or {train.base_share:g} of the base model's weights, as scores better on validation rows"
     chosen = "; ".join(
-        f"step {own['step']}, with {own['base_share']:g} of the base model's weights (seed {seed}, {own['precision']})"
+        f"step {own['step']} with {own['base_share']:g} (seed {seed}, {own['precision']})"
         for seed, own in training.items()
     )
     left_out = max(own["left_out_at_least"] for own in training.values())
     repeated = f" Each epoch leaves out {left_out:,} training rows or more: they fill no batch that has each text once."
-    steps = f"of {train.evaluations} steps the best" if train.evaluations > 1 else "the last step"
-    shares = f", and with 0 or {train.base_share:g} of the base model's weights in it" if train.base_share else ""
-    return f"Chosen on validation rows, {steps}{shares}: {chosen}.{repeated if left_out else ''}"
+    return f"{steps}{shares if train.base_share else ''}: {chosen}.{repeated if left_out else ''}"
 
 
 def reading_in_words(environments: dict[str, dict[str, Any]], passages: int) -> str:
