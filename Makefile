@@ -55,12 +55,13 @@ lint: $(BIN)/.installed  ## check style
 	ruff check .
 	ruff format --check .
 
+# Without CUDA's packages, which torch brings where there is CUDA: a Mac could not install them.
 lock: $(BIN)/.installed  ## write requirements.txt anew from requirements.in, with the newest of what that leaves open
 	pip install --quiet pip-tools
 	pip-compile --quiet --upgrade --strip-extras --no-header --no-emit-index-url --no-emit-find-links --no-annotate \
 		--output-file requirements.txt requirements.in
 	sed -E -i.bak -e 's/^(torch==[0-9.]*)\+.*/\1/' -e '/^(cuda|nvidia|triton)[-=]/d' requirements.txt
-	rm requirements.txt.bak  # above: torch brings CUDA's packages itself, where there is one; a Mac has none of them
+	rm requirements.txt.bak
 
 clean:  ## remove checkpoints and logs of earlier runs, and rendered plots
 	rm -rf models/scratch dvc_plots

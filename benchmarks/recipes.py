@@ -61,6 +61,7 @@ class Recipe:
     directions: dict[str, Any] = field(default_factory=lambda: SYMMETRIC)
     weight_decay: float = 0.0
     schedule: str = "linear"
+    margin: float = 0.0  # by which a right passage is to be nearer than a wrong one, in cosine
     mask: str = ""  # which in-batch negatives are left out, by the base model's similarities
     alike: int = 0  # rows of a batch that lie near each other, by the base model
     negatives: str = ""  # by what one hard negative for each pair is found
@@ -96,6 +97,8 @@ RECIPES = {
     "epochs: 4, gradient_share: 0.95, Muon by blocks of 64 at 4e-4": Recipe(**DEFAULT, muon=4e-4, block=64),
     "epochs: 4, gradient_share: 0.95, Muon by blocks of 64 at 5e-4": Recipe(**DEFAULT, muon=5e-4, block=64),
     "epochs: 4, gradient_share: 0.95, Muon by blocks of 64 at 8e-4": Recipe(**DEFAULT, muon=8e-4, block=64),
+    "epochs: 4, gradient_share: 0.95, a margin of 0.1": Recipe(**DEFAULT, margin=0.1),
+    "epochs: 4, gradient_share: 0.95, a margin of 0.2": Recipe(**DEFAULT, margin=0.2),
     "epochs: 5": Recipe(epochs=5),
     "epochs: 5, gradient_share: 0.95": Recipe(epochs=5, gradient_share=0.95),
     "epochs: 5, gradient_share: 0.85": Recipe(epochs=5, gradient_share=0.85),
@@ -178,7 +181,7 @@ def train(clone: Path, base_model: str, name: str, seed: int) -> dict[str, list[
 
     torch.manual_seed(seed)
     set_dropout(model, recipe.dropout)
-    similarity = MaskedSimilarity()
+    similarity = MaskedSimilarity(recipe.margin)
     loss = ChunkedRankingLoss(
         model,
         precision,
@@ -292,12 +295,18 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class MaskedSimilarity:
-    """Cosine; minus infinity where `left_out` (rows, rows): passages of the batch that are no negatives of a query."""
+    """Cosine, of a query and its passage less the margin; minus infinity where `left_out` (rows, rows): passages of the
+    batch that are no negatives of a query.
+    """
 
     left_out: torch.Tensor | None = None
 
+    def __init__(self, margin: float) -> None:
+        self.margin = margin
+
     def __call__(self, queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
         similarity = cos_sim(queries, passages)
+        similarity = similarity - self.margin * torch.eye(*similarity.shape, device=similarity.device)
         return similarity if self.left_out is None else similarity.masked_fill(self.left_out, -torch.inf)
 
 
