@@ -98,7 +98,6 @@ RECIPES = {
     "epochs: 4, gradient_share: 0.95, Muon by blocks of 64 at 5e-4": Recipe(**DEFAULT, muon=5e-4, block=64),
     "epochs: 4, gradient_share: 0.95, Muon by blocks of 64 at 8e-4": Recipe(**DEFAULT, muon=8e-4, block=64),
     "epochs: 4, gradient_share: 0.95, a margin of 0.1": Recipe(**DEFAULT, margin=0.1),
-    "epochs: 4, gradient_share: 0.95, a margin of 0.2": Recipe(**DEFAULT, margin=0.2),
     "epochs: 5": Recipe(epochs=5),
     "epochs: 5, gradient_share: 0.95": Recipe(epochs=5, gradient_share=0.95),
     "epochs: 5, gradient_share: 0.85": Recipe(epochs=5, gradient_share=0.85),
