@@ -127,6 +127,8 @@ def test_the_report_tells_what_groups_and_repeated_texts_do(repo):
     several = chosen_in_words(params.model_copy(update={"evaluations": 3}), {42: chosen | {"left_out_at_least": 2}})
     assert several.startswith("The best of 3 steps on validation rows, with 0 or 0.2 of the base")
     assert "leaves out 2 training rows or more" in several
+    alone = chosen_in_words(params.model_copy(update={"base_share": 0.0}), {42: chosen})
+    assert alone == f"The last step: step {chosen['step']} (seed 42, {chosen['precision']})."
 
 
 def test_the_report_shows_queries_with_what_was_found_first(repo):

@@ -295,8 +295,9 @@ def chosen_in_words(train: TrainParams, training: dict[int, dict[str, float]]) -
     """What is best on the validation rows, and of what; `training` is metrics/train/ by seed."""
     steps = f"The best of {train.evaluations} steps on validation rows" if train.evaluations > 1 else "The last step"
     shares = f", with 0 or {train.base_share:g} of the base model's weights, as scores better on validation rows"
+    with_share = " with {:g}" if train.base_share else ""
     chosen = "; ".join(
-        f"step {own['step']} with {own['base_share']:g} (seed {seed}, {own['precision']})"
+        f"step {own['step']}{with_share.format(own['base_share'])} (seed {seed}, {own['precision']})"
         for seed, own in training.items()
     )
     left_out = max(own["left_out_at_least"] for own in training.values())
